@@ -1,0 +1,93 @@
+"""What every method does with its arguments: checks, schedules, accumulation dtype."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+ValueFn = Callable[..., Any]
+"""A loss as a function of the parameters: returns a scalar, or a pair whose first is the scalar."""
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    exclusive: bool = False,
+) -> None:
+    """Raises `ValueError` if a plain number lies outside `[minimum, maximum]` (`(minimum, ...` if exclusive).
+
+    Schedules and traced values (`optax.inject_hyperparams`) have no value yet and pass.
+    """
+    if callable(value) or isinstance(value, jax.Array):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    below = value <= minimum if exclusive else value < minimum
+    if below or value > maximum or not math.isfinite(value):
+        relation = ">" if exclusive else ">="
+        bounds = f"{relation} {minimum:g}" + (f" and <= {maximum:g}" if maximum < math.inf else "")
+        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is a Python integer of at least one (it shapes the compiled program)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be a Python int, got {value!r}. Under optax.inject_hyperparams name it in static_args."
+        )
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_closure(method: str, params: Any, value_fn: Any, curvature_fn: Any = None) -> None:
+    """Raises if `update` of `method` was called without params or without the loss closure."""
+    call = "update(updates, state, params, value_fn=loss)"
+    if params is None:
+        raise ValueError(f"{method} needs params: call {call}.")
+    if value_fn is None:
+        raise TypeError(
+            f"{method} needs the extra argument value_fn, the loss as a function of params: call {call}. "
+            "(If you did, a wrapper dropped it: optax.chain around optax.MultiSteps or optax.lookahead does; "
+            "put the wrapper outermost.)"
+        )
+    for name, fn in (("value_fn", value_fn), ("curvature_fn", curvature_fn)):
+        if fn is not None and not callable(fn):
+            raise TypeError(f"{name} must be a function of params, got {type(fn).__name__}.")
+
+
+def scalar_fn(value_fn: ValueFn) -> Callable[[chex.ArrayTree], jax.Array]:
+    """Returns `value_fn` without its auxiliary output, checked to be a real scalar."""
+
+    def scalar(params: chex.ArrayTree) -> jax.Array:
+        value = value_fn(params)
+        if isinstance(value, tuple) and len(value) == 2:
+            value = value[0]
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                "value_fn must return a real scalar, or a pair whose first is one; got "
+                f"{jax.tree.map(jax.typeof, value)}. Reduce per-example losses, for example with .mean()."
+            )
+        return value
+
+    return scalar
+
+
+def scheduled(value: optax.ScalarOrSchedule, count: chex.Numeric) -> chex.Numeric:
+    """Returns a schedule's value at step `count`, or the constant itself."""
+    return value(count) if callable(value) else value
+
+
+def at_least_float32(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Casts all leaves to their common dtype, or to float32 where that is narrower.
+
+    Inner products and recurrences live in this dtype: bfloat16 would ruin them.
+    """
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)

@@ -1,0 +1,245 @@
+"""EDF: exponentially decaying flows, steps along Krylov-solved Gauss-Newton or Hessian directions."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optcurv.arguments import ValueFn, at_least_float32, check_closure, check_count, check_number, scheduled
+from optcurv.curvature import CurvatureFn, gauss_newton_product
+from optcurv.krylov import minres
+
+
+class EdfInfo(NamedTuple):
+    r"""What one EDF step did; scalars for the log.
+
+    Attributes:
+      damping: :math:`\lambda`.
+      residual_norm: :math:`\|g - (A + \lambda I) v\|` after the Krylov steps.
+      num_steps: Krylov steps that changed the direction.
+      cosine: of the angle between the direction and the gradient handed in; negative for an ascent direction, which an
+        indefinite Hessian can give.
+      finite: whether gradient and products were finite; if not, the direction is zero.
+    """
+
+    damping: jax.Array
+    residual_norm: jax.Array
+    num_steps: jax.Array
+    cosine: jax.Array
+    finite: jax.Array
+
+
+class ScaleByEdfState(NamedTuple):
+    """State of `scale_by_edf`: the step count, for schedules, and the last step's info."""
+
+    count: jax.Array
+    info: EdfInfo
+
+
+def scale_by_edf(
+    krylov_dim: int = 2,
+    *,
+    curvature: CurvatureFn = gauss_newton_product,
+    damping_scale: optax.ScalarOrSchedule = 1.0,
+    damping_power: optax.ScalarOrSchedule = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by an EDF direction; keeps the gradient's sign.
+
+    .. math:: v = P_k(A + \lambda I, g), \qquad \lambda = a \|g\|^b
+
+    where :math:`P_k` takes k steps of MINRES from zero (Eqs. 22 and 24, Algorithms 1 and 2 of "Exponentially decaying
+    flows for optimization in deep learning"; the correction of Algorithm 1 is named at `optcurv.minres`). With
+    :math:`A = G` this is EDF-G, with :math:`A = H` EDF-H. k = 1 is a gradient step whose length knows the curvature; a
+    larger k comes closer to the full Newton step.
+
+    EDF-H as published may go uphill where the Hessian is indefinite; `info.cosine` shows it.
+
+    The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_fn` (the
+    loss on a smaller batch, for the products only; default `value_fn`) and `value` (optional; a loss that is not finite
+    gives a zero update).
+
+    Args:
+      krylov_dim: k, the number of curvature products, at least 1; a Python int. A step costs 1 + 4k/3 gradients with
+        Gauss-Newton products, 1 + 2k with Hessian products.
+      curvature: `optcurv.gauss_newton_product` (default), `optcurv.hessian_product`, or any function of the same
+        signature.
+      damping_scale: a ≥ 0, a number or a schedule; 0 turns damping off. Default 1, as published for mini-batches.
+      damping_power: b ≥ 0, a number or a schedule. Default 1.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: if a number is out of range, or `update` is called without params.
+      TypeError: if an argument has the wrong type, or `update` is called without `value_fn`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optcurv
+      >>> loss = optcurv.Composite(lambda w: w * jnp.array([1.0, 10.0]), lambda outputs: 0.5 * jnp.sum(outputs**2))
+      >>> optimizer = optax.chain(
+      ...     optcurv.scale_by_edf(krylov_dim=2, damping_scale=0.0), optax.scale_by_learning_rate(1.0)
+      ... )
+      >>> w = jnp.array([1.0, 1.0])
+      >>> updates, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
+      >>> print(updates.round(3))
+      [-1. -1.]
+    """
+    check_count("krylov_dim", krylov_dim)
+    check_number("damping_scale", damping_scale, minimum=0.0)
+    check_number("damping_power", damping_power, minimum=0.0)
+    if not callable(curvature):
+        raise TypeError(f"curvature must be a function like optcurv.gauss_newton_product, got {curvature!r}.")
+
+    def init(params: optax.Params) -> ScaleByEdfState:
+        del params
+        zero = jnp.zeros((), jnp.float32)
+        info = EdfInfo(zero, zero, jnp.zeros((), jnp.int32), zero, jnp.ones((), bool))
+        return ScaleByEdfState(count=jnp.zeros((), jnp.int32), info=info)
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByEdfState,
+        params: optax.Params | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        value: Any = 0.0,
+        curvature_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByEdfState]:
+        del extra_args  # those of the other links in a chain
+        check_closure("scale_by_edf", params, value_fn, curvature_fn)
+        gradient = at_least_float32(updates)
+        norm = optax.tree.norm(gradient)
+        damping = scheduled(damping_scale, state.count) * norm ** scheduled(damping_power, state.count)
+
+        matvec = curvature(curvature_fn or value_fn, params)
+        direction, krylov_info = minres(matvec, gradient, krylov_dim, shift=damping)
+
+        direction_norm = optax.tree.norm(direction)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm)
+        cosine = optax.tree.vdot(gradient, direction) / jnp.where(norm > 0, norm * direction_norm, 1.0)
+        info = EdfInfo(
+            damping=jnp.float32(damping),
+            residual_norm=jnp.float32(krylov_info.residual_norm),
+            num_steps=krylov_info.num_steps,
+            cosine=jnp.float32(cosine),
+            finite=finite,
+        )
+        direction = optax.tree.where(finite, direction, optax.tree.zeros_like(direction))
+        new_state = ScaleByEdfState(count=optax.safe_increment(state.count), info=info)
+        return optax.tree.cast_like(direction, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ScaleByNesterovFlowState(NamedTuple):
+    """State of `scale_by_nesterov_flow`: the step count n and the velocity :math:`w_n - w_{n-1}`."""
+
+    count: jax.Array
+    velocity: optax.Updates
+
+
+def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
+    r"""Accelerates steps by a friction that fades as α/t; keeps the sign it is given, and follows the learning rate.
+
+    The W2 scheme of EDF: Eq. 25 with :math:`\kappa = \alpha / t`, discretised as by Su, Boyd and Candès (2014). With
+    the incoming step :math:`u_n = -\eta v(y_{n-1})`,
+
+    .. math:: w_n = y_{n-1} + u_n, \qquad y_n = w_n + \frac{n-1}{n+\alpha-1} (w_n - w_{n-1})
+
+    The optimised parameters are y. In terms of the velocity :math:`e_n = w_n - w_{n-1}` this needs no parameters:
+    :math:`e_n = u_n + m_{n-1} e_{n-1}` and the outgoing step is :math:`u_n + m_n e_n`, with
+    :math:`m_n = (n-1)/(n+\alpha-1)`.
+
+    Args:
+      alpha: α > 0, the friction; default 3, Nesterov's.
+
+    Returns:
+      The transformation. Put it after `optax.scale_by_learning_rate`, so that the velocity is in units of the
+      parameters when the learning rate follows a schedule.
+
+    Raises:
+      ValueError: if `alpha` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optcurv
+      >>> optimizer = optax.chain(optax.scale_by_learning_rate(0.1), optcurv.scale_by_nesterov_flow())
+      >>> w = jnp.array([1.0])
+      >>> updates, state = optimizer.update(w, optimizer.init(w))
+      >>> print(updates)
+      [-0.1]
+    """
+    check_number("alpha", alpha, minimum=0.0, exclusive=True)
+
+    def init(params: optax.Params) -> ScaleByNesterovFlowState:
+        return ScaleByNesterovFlowState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+
+    def update(
+        updates: optax.Updates, state: ScaleByNesterovFlowState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ScaleByNesterovFlowState]:
+        del params
+        n = optax.safe_increment(state.count)
+        # At n = 1 the previous velocity is zero, so its factor does not matter.
+        old_factor, factor = jnp.maximum(n - 2, 0) / (n + alpha - 2), (n - 1) / (n + alpha - 1)
+        velocity = optax.tree.add_scale(updates, old_factor, state.velocity)
+        accelerated = optax.tree.add_scale(updates, factor, velocity)
+        new_state = ScaleByNesterovFlowState(n, optax.tree.cast_like(velocity, state.velocity))
+        return optax.tree.cast_like(accelerated, updates), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def edf(
+    learning_rate: optax.ScalarOrSchedule,
+    krylov_dim: int = 2,
+    *,
+    curvature: CurvatureFn = gauss_newton_product,
+    damping_scale: optax.ScalarOrSchedule = 1.0,
+    damping_power: optax.ScalarOrSchedule = 1.0,
+    acceleration: Literal["momentum", "nesterov"] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The EDF optimiser: :math:`w \leftarrow w - \eta\, P_k(A + \lambda I, g)`; emits the final signed step.
+
+    See `optcurv.scale_by_edf` for the direction and for the extra arguments of the update. Published settings: on full
+    batches :math:`\eta = 1`, no damping, `acceleration="nesterov"`, k from 1 to 30; on mini-batches
+    :math:`\eta \in [0.1, 2]`, a = b = 1, k = 1 or 2.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      krylov_dim: k, the number of curvature products; a Python int, at least 1.
+      curvature: `optcurv.gauss_newton_product` (EDF-G, default) or `optcurv.hessian_product` (EDF-H).
+      damping_scale: a ≥ 0 in :math:`\lambda = a \|g\|^b`, a number or a schedule.
+      damping_power: b ≥ 0, likewise.
+      acceleration: None (default); `"momentum"`, the paper's W1, :math:`m \leftarrow 0.9 m + 0.1 v`; or `"nesterov"`,
+        its W2, `optcurv.scale_by_nesterov_flow`.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: if a number is out of range or `acceleration` is none of the three.
+      TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optcurv
+      >>> loss = optcurv.Composite(lambda w: w * jnp.array([1.0, 10.0]), lambda outputs: 0.5 * jnp.sum(outputs**2))
+      >>> optimizer = optcurv.edf(learning_rate=1.0, krylov_dim=1, acceleration="nesterov")
+      >>> w = jnp.array([1.0, 1.0])
+      >>> state = optimizer.init(w)
+      >>> for _ in range(30):
+      ...     value, grads = jax.value_and_grad(loss)(w)
+      ...     updates, state = optimizer.update(grads, state, w, value=value, value_fn=loss)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(loss(w) < 1e-2)
+      True
+    """
+    direction = scale_by_edf(krylov_dim, curvature=curvature, damping_scale=damping_scale, damping_power=damping_power)
+    scale = optax.scale_by_learning_rate(learning_rate)
+    if acceleration is None:
+        return optax.chain(direction, scale)
+    if acceleration == "momentum":
+        return optax.chain(direction, optax.ema(0.9, debias=False), scale)
+    if acceleration == "nesterov":
+        return optax.chain(direction, scale, scale_by_nesterov_flow())
+    raise ValueError(f'acceleration must be None, "momentum" or "nesterov", got {acceleration!r}.')

@@ -1,0 +1,82 @@
+"""Optimising part of the parameters, with the rest kept inside the closure."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import optax
+
+from optcurv.arguments import ValueFn
+from optcurv.curvature import Composite
+
+
+def masked(
+    inner: optax.GradientTransformation, mask: chex.ArrayTree | Callable[[optax.Params], chex.ArrayTree]
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.masked` for transformations that evaluate the loss; the signs are those of `inner`.
+
+    `optax.masked` hands `inner` only the parameters under the mask, and a loss of all of them then fails. Here `inner`
+    also gets `value_fn` and `curvature_fn` as functions of those parameters, the others kept at their present values,
+    and `grad` reduced likewise. A `Composite` stays one.
+
+    As with `optax.masked`, updates outside the mask pass through unchanged: to freeze those parameters, set their
+    updates to zero with `optax.freeze`, as in the example.
+
+    Args:
+      inner: the transformation to apply under the mask.
+      mask: a pytree of booleans, a prefix of the parameters' structure, True where `inner` applies; or a function that
+        returns one, given the parameters.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optcurv
+      >>> loss = optcurv.Composite(lambda p: p["w"] * p["scale"], lambda outputs: 0.5 * jnp.sum(outputs**2))
+      >>> params = {"w": jnp.array([1.0, 2.0]), "scale": jnp.array(3.0)}
+      >>> optimizer = optax.chain(
+      ...     optcurv.masked(optcurv.edf(1.0, damping_scale=0.0), {"w": True, "scale": False}),
+      ...     optax.freeze({"w": False, "scale": True}),
+      ... )
+      >>> updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
+      >>> print(optax.apply_updates(params, updates))
+      {'scale': Array(3., dtype=float32), 'w': Array([0., 0.], dtype=float32)}
+    """
+    transformation = optax.masked(inner, mask)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        mask_tree = mask(updates) if callable(mask) else mask
+        reduced = dict(extra_args)
+        if extra_args.get("grad") is not None:
+            reduced["grad"] = _under_mask(mask_tree, extra_args["grad"])
+        for name in ("value_fn", "curvature_fn"):
+            if callable(extra_args.get(name)) and params is not None:
+                reduced[name] = _with_the_rest(extra_args[name], mask_tree, params)
+        return transformation.update(updates, state, params, **reduced)
+
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+
+def _under_mask(mask: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(lambda keep, subtree: subtree if keep else optax.MaskedNode(), mask, tree)
+
+
+def _with_the_rest(value_fn: ValueFn, mask: chex.ArrayTree, params: optax.Params) -> ValueFn:
+    """Returns `value_fn` as a function of the parameters under the mask, the others as in `params`."""
+
+    def complete(partial: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda keep, subtree, rest: subtree if keep else rest, mask, partial, params)
+
+    if isinstance(value_fn, Composite):
+        return dataclasses.replace(value_fn, model_fn=lambda partial: value_fn.model_fn(complete(partial)))
+
+    @functools.wraps(value_fn)  # optax's line searches read the signature
+    def restricted(partial: chex.ArrayTree, **kwargs: Any) -> Any:
+        return value_fn(complete(partial), **kwargs)
+
+    return restricted
