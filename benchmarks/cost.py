@@ -1,0 +1,163 @@
+"""What one step of each method costs, in gradient steps."""
+
+import argparse
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
+from benchmarks.models import Batch, Cnn, Mlp, Task, classification_loss
+from benchmarks.report import environment, print_table, write_json, write_table
+from benchmarks.training import State, init_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A network big enough that matrix products dominate, and its batch size."""
+
+    task: Task
+    batch_size: int
+
+
+WORKLOADS = {
+    # Four layers, so that the first, whose input needs no gradient, is but a part.
+    "mlp": Workload(Task(Mlp(hidden=(512,) * 4), classification_loss, has_accuracy=True), 512),
+    "cnn": Workload(Task(Cnn(channels=(32, 64), hidden=256), classification_loss, has_accuracy=True), 128),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("--model", choices=[*WORKLOADS, "all"], default="all", help="default: all")
+    parser.add_argument("--output", type=Path, default=Path("results/cost"), help="folder (default: results/cost)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds in which each method runs in turn (default: 20)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints and writes `cost.json` and `cost.txt`."""
+    names = list(WORKLOADS) if args.model == "all" else [args.model]
+    measured = {name: measure(name, WORKLOADS[name], args.rounds) for name in names}
+    surroundings = environment()
+    write_json(args.output / "cost.json", {"environment": surroundings, "cost": measured})
+    for name, figures in measured.items():
+        table = cost_table(f"{name}, batch {figures['batch_size']}, on {surroundings['device']}", figures)
+        print_table(table)
+        write_table(args.output / f"cost-{name}.txt", table)
+    return 0
+
+
+class CompiledStep:
+    """A compiled training step with its own state, which it overwrites."""
+
+    def __init__(self, workload: Workload, method: Method, batch: Batch) -> None:
+        self.method = method
+        self.batch = batch
+        self.state: State = init_state(method, workload.task.init(0, batch))
+        step = jax.jit(functools.partial(train_step, workload.task, method), donate_argnums=0)
+        start = time.perf_counter()
+        self.compiled = step.lower(self.state, batch, method.grid[0]).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def flops(self) -> float:
+        """Returns XLA's count of operations; it knows no noise."""
+        return count_flops(self.compiled)
+
+    def temporary_bytes(self) -> int:
+        """Returns the memory the step needs beside its arguments and results."""
+        analysis = self.compiled.memory_analysis()
+        return analysis.temp_size_in_bytes if analysis else 0
+
+    def seconds(self, num_steps: int) -> float:
+        """Returns the wall-clock time of a step, over a few in a row."""
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            self.state, _ = self.compiled(self.state, self.batch, self.method.grid[0])
+        jax.block_until_ready(self.state)
+        return (time.perf_counter() - start) / num_steps
+
+
+def count_flops(compiled: jax.stages.Compiled) -> float:
+    """Returns XLA's count of operations; it knows no noise."""
+    return (compiled.cost_analysis() or {}).get("flops", 0.0)
+
+
+def forward_flops(workload: Workload, batch: Batch) -> float:
+    """Returns the operations of a forward pass: a little over a third of a gradient's.
+
+    The first layer needs no gradient by its input, so a gradient costs less than three forward passes.
+    """
+    forward = jax.jit(lambda params, batch: workload.task.loss(batch)(params))
+    return count_flops(forward.lower(workload.task.init(0, batch), batch).compile())
+
+
+def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> dict[str, Any]:
+    """Returns a row of figures for each method; ratios are to the gradient step.
+
+    Every round runs every method, and a ratio is formed within its round: what else the machine does strikes all alike.
+    """
+    batch = random_batch(workload.batch_size)
+    steps = [
+        CompiledStep(workload, method, batch)
+        for method in track((GRADIENT_DESCENT, *METHODS), f"{name}: compiling", transient=True)
+    ]
+    for step in steps:
+        step.seconds(num_steps)
+    seconds = np.array(
+        [[step.seconds(num_steps) for step in steps] for _ in track(range(rounds), f"{name}: timing", transient=True)]
+    )
+    quartiles = np.quantile(seconds / seconds[:, :1], [0.25, 0.5, 0.75], axis=0)
+    yardstick = steps[0]
+    rows = [
+        {
+            "method": step.method.name,
+            "floor": step.method.gradients,
+            "flops": step.flops(),
+            "flops_ratio": step.flops() / yardstick.flops(),
+            "seconds": float(np.median(seconds[:, i])),
+            "seconds_ratio_quartiles": quartiles[:, i].tolist(),
+            "temporary_bytes": step.temporary_bytes(),
+            "compile_seconds": step.compile_seconds,
+        }
+        for i, step in enumerate(steps)
+    ]
+    forward = forward_flops(workload, batch) / yardstick.flops()
+    return {"batch_size": workload.batch_size, "forward_flops_ratio": forward, "rows": rows}
+
+
+def random_batch(batch_size: int) -> Batch:
+    """Returns noise of the shape of 28x28 images; what they show does not change the cost."""
+    images = jax.random.uniform(jax.random.key(0), (batch_size, 28, 28, 1))
+    labels = jax.random.randint(jax.random.key(1), (batch_size,), 0, 10)
+    return Batch(images, labels)
+
+
+def cost_table(title: str, figures: dict[str, Any]) -> Table:
+    """Lays the figures out beside the floor."""
+    caption = (
+        "Floor, FLOPs and time are ratios to the gradient step; time: median of the rounds (quartiles).\n"
+        f"The floor takes a forward pass for 1/3 of a gradient; here it is {figures['forward_flops_ratio']:.3f}."
+    )
+    table = Table(title=title, caption=caption)
+    table.add_column("method", no_wrap=True)
+    for column in ("floor", "FLOPs", "FLOPs / floor", "time", "ms a step", "temporary MB", "compile s"):
+        table.add_column(column, justify="right")
+    for row in figures["rows"]:
+        low, median, high = row["seconds_ratio_quartiles"]
+        table.add_row(
+            row["method"],
+            f"{row['floor']:.2f}",
+            f"{row['flops_ratio']:.3f}",
+            f"{row['flops_ratio'] / row['floor']:.3f}",
+            f"{median:.2f} ({low:.2f}-{high:.2f})",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['temporary_bytes'] / 1e6:.1f}",
+            f"{row['compile_seconds']:.1f}",
+        )
+    return table

@@ -1,0 +1,59 @@
+"""The methods compared, one row each."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import optax
+
+import optcurv
+from optcurv.curvature import CurvatureFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method, the one number that is tuned, and what a step costs.
+
+    Attributes:
+      name: as in tables and pictures.
+      optimizer: maps the tuned number, which may be traced, to the optimiser.
+      tuned: what that number is.
+      grid: the values tried, ascending.
+      gradients: the price of a step in gradient-equivalents, a forward and a backward pass being one.
+    """
+
+    name: str
+    optimizer: Callable[[float | jax.Array], optax.GradientTransformation]
+    tuned: str
+    grid: tuple[float, ...]
+    gradients: float
+
+
+def _pal(measuring_step: float | jax.Array) -> optax.GradientTransformation:
+    """PAL with its published ratio of longest to measuring step."""
+    return optcurv.pal(measuring_step, max_step=10 * measuring_step)
+
+
+def _edf(krylov_dim: int, curvature: CurvatureFn) -> Callable[..., optax.GradientTransformation]:
+    """EDF as published for mini-batches: damped by the gradient's norm, with momentum (W1)."""
+    return functools.partial(optcurv.edf, krylov_dim=krylov_dim, curvature=curvature, acceleration="momentum")
+
+
+GRADIENT_DESCENT = Method("gradient step", optax.sgd, "learning rate", (0.01,), 1)
+"""The yardstick of costs."""
+
+_SGD_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
+_ADAM_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03)
+_PAL_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+_EDF_GRID = (0.1, 0.25, 0.5, 1.0, 2.0)
+
+METHODS = (
+    Method("SGD-momentum", functools.partial(optax.sgd, momentum=0.9), "learning rate", _SGD_GRID, 1),
+    Method("Adam", optax.adam, "learning rate", _ADAM_GRID, 1),
+    Method("PAL", _pal, "measuring step", _PAL_GRID, 4 / 3),
+    Method("EDF-G k=1", _edf(1, optcurv.gauss_newton_product), "learning rate", _EDF_GRID, 1 + 4 / 3),
+    Method("EDF-G k=2", _edf(2, optcurv.gauss_newton_product), "learning rate", _EDF_GRID, 1 + 8 / 3),
+    Method("EDF-H k=1", _edf(1, optcurv.hessian_product), "learning rate", _EDF_GRID, 1 + 2),
+    Method("EDF-H k=2", _edf(2, optcurv.hessian_product), "learning rate", _EDF_GRID, 1 + 4),
+)

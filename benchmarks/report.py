@@ -1,0 +1,63 @@
+"""What every job writes: JSON with the surroundings of the measurement, and tables."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+_PACKAGES = ("optcurv", "jax", "jaxlib", "optax", "flax", "numpy")
+_TEXT_WIDTH = 140
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a reader needs to judge a timing: device, platform, versions."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"device": device_name(), "platform": platform.platform(), "python": platform.python_version()} | versions
+
+
+def device_name() -> str:
+    """Returns the accelerator's name, or the processor's and its number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def print_table(table: Table) -> None:
+    """Prints a table; where the output is no terminal, wide enough for it."""
+    Console(width=None if sys.stdout.isatty() else _TEXT_WIDTH).print(table)
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Writes a table as plain text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        Console(file=file, width=_TEXT_WIDTH).print(table)
+
+
+def _finite(content: Any) -> Any:
+    match content:
+        case dict():
+            return {key: _finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_finite(value) for value in content]
+        case float() if not math.isfinite(content):
+            return None
+    return content
