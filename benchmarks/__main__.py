@@ -2,15 +2,19 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
-from benchmarks import cost
+from benchmarks import compare, cost
+from benchmarks.data import DataError
 
-COMMANDS = {"cost": cost}
+COMMANDS = {"compare": compare, "cost": cost}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs a command; without one, the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of optcurv.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Benchmarks of optcurv.", epilog="Without a command: compare."
+    )
     commands = parser.add_subparsers(dest="command")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip()
@@ -18,7 +22,11 @@ def main(argv: list[str]) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["compare", *argv]
     args = parser.parse_args(argv)
-    return COMMANDS[args.command].main(args)
+    try:
+        return COMMANDS[args.command].main(args)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class CompiledStep:
     def __init__(self, workload: Workload, method: Method, batch: Batch) -> None:
         self.method = method
         self.batch = batch
-        self.state: State = init_state(method, workload.task.init(0, batch))
+        self.state: State = jax.jit(functools.partial(init_state, workload.task, method))(jax.random.key(0), batch)
         step = jax.jit(functools.partial(train_step, workload.task, method), donate_argnums=0)
         start = time.perf_counter()
         self.compiled = step.lower(self.state, batch, method.grid[0]).compile()
@@ -94,7 +94,7 @@ def forward_flops(workload: Workload, batch: Batch) -> float:
     The first layer needs no gradient by its input, so a gradient costs less than three forward passes.
     """
     forward = jax.jit(lambda params, batch: workload.task.loss(batch)(params))
-    return count_flops(forward.lower(workload.task.init(0, batch), batch).compile())
+    return count_flops(forward.lower(workload.task.init(jax.random.key(0), batch), batch).compile())
 
 
 def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> dict[str, Any]:

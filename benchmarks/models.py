@@ -38,13 +38,14 @@ class Cnn(nn.Module):
     """Convolution, max-pool, convolution, average-pool, two dense layers; returns logits."""
 
     channels: tuple[int, int] = (8, 16)
+    stride: int = 1
     hidden: int = 64
     num_classes: int = 10
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images to logits."""
-        x = nn.relu(nn.Conv(self.channels[0], (3, 3))(images))
+        x = nn.relu(nn.Conv(self.channels[0], (3, 3), strides=self.stride)(images))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(nn.Conv(self.channels[1], (3, 3))(x))
         x = nn.avg_pool(x, (2, 2), strides=(2, 2))
@@ -100,9 +101,9 @@ class Task:
     loss_fn: Callable[[jax.Array, Batch], jax.Array]
     has_accuracy: bool
 
-    def init(self, seed: int, batch: Batch) -> optax.Params:
-        """Returns fresh parameters; the same seed gives the same."""
-        return jax.jit(self.network.init)(jax.random.key(seed), batch.images[:1])["params"]
+    def init(self, key: jax.Array, batch: Batch) -> optax.Params:
+        """Returns fresh parameters."""
+        return self.network.init(key, batch.images[:1])["params"]
 
     def loss(self, batch: Batch) -> optcurv.Composite:
         """Returns the loss on a batch as a function of the parameters."""
@@ -112,8 +113,13 @@ class Task:
         )
 
 
-TASKS = {
-    "mlp": Task(Mlp(), classification_loss, has_accuracy=True),
-    "cnn": Task(Cnn(), classification_loss, has_accuracy=True),
-    "autoencoder": Task(Autoencoder(), reconstruction_loss, has_accuracy=False),
-}
+def make_task(model: str, image_size: int) -> Task:
+    """Returns the task of a name, small enough that many runs of it take minutes on two cores."""
+    match model:
+        case "mlp":
+            return Task(Mlp(), classification_loss, has_accuracy=True)
+        case "cnn":
+            return Task(Cnn(stride=2 if image_size > 16 else 1), classification_loss, has_accuracy=True)
+        case "autoencoder":
+            return Task(Autoencoder(), reconstruction_loss, has_accuracy=False)
+    raise ValueError(f"model must be mlp, cnn or autoencoder, got {model!r}.")

@@ -1,16 +1,32 @@
-"""One training step, and one run."""
+"""One training step, and runs of many."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from benchmarks.data import Dataset
 from benchmarks.methods import Method
-from benchmarks.models import Batch, Task
+from benchmarks.models import Batch, Task, accuracy
 
 State = tuple[optax.Params, optax.OptState]
 
+SAMPLE = 10_000
+"""The reported training loss is taken over so many training images, or all where there are fewer."""
 
-def init_state(method: Method, params: optax.Params) -> State:
-    """Returns parameters and the optimiser's state."""
+_POINTS = 24  # of a curve, each an average over the mini-batches since the last
+_EVALUATIONS = 4
+
+
+def init_state(task: Task, method: Method, key: jax.Array, batch: Batch) -> State:
+    """Returns fresh parameters, the same for every method, and the optimiser's state."""
+    params = task.init(key, batch)
     return params, method.optimizer(method.grid[0]).init(params)
 
 
@@ -27,3 +43,134 @@ def train_step(
     value, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params, value=value, grad=grads, value_fn=loss)
     return (optax.apply_updates(params, updates), opt_state), value
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A task on a data set, with the budget that every method gets.
+
+    Attributes:
+      task: the network and its loss.
+      data: the images.
+      batch_size: of every step.
+      budget: gradient-equivalents of a run.
+    """
+
+    task: Task
+    data: Dataset
+    batch_size: int
+    budget: float
+
+    def num_steps(self, method: Method) -> int:
+        """Returns how many steps of a method the budget buys, at least one."""
+        return max(1, math.floor(self.budget / method.gradients + 1e-6))
+
+    def batch_indices(self, seed: int, num_steps: int) -> np.ndarray:
+        """Returns the images of each step; a longer run of the same seed begins like a shorter one."""
+        rng = np.random.default_rng(seed)
+        num_images = len(self.data.train.labels)
+        per_epoch = num_images // self.batch_size
+        epochs = [
+            rng.permutation(num_images)[: per_epoch * self.batch_size].reshape(per_epoch, self.batch_size)
+            for _ in range(math.ceil(num_steps / per_epoch))
+        ]
+        return np.concatenate(epochs)[:num_steps].astype(np.int32)
+
+    def evaluate(self, params: optax.Params) -> dict[str, float]:
+        """Returns training loss, test loss and, for a classifier, test accuracy."""
+        sample = Batch(*(array[:SAMPLE] for array in self.data.train))
+        figures = {"train_loss": self._figures(params, sample)[0]}
+        figures["test_loss"], test_accuracy = self._figures(params, self.data.test)
+        if self.task.has_accuracy:
+            figures["test_accuracy"] = test_accuracy
+        return {name: float(value) for name, value in figures.items()}
+
+    @functools.cached_property
+    def _figures(self) -> Callable[[optax.Params, Batch], tuple[jax.Array, jax.Array]]:
+        def figures(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            outputs = self.task.loss(batch).model_fn(params)
+            share = accuracy(outputs, batch) if self.task.has_accuracy else jnp.nan
+            return self.task.loss_fn(outputs, batch), jnp.asarray(share)
+
+        return jax.jit(figures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run measured.
+
+    Attributes:
+      setting: the tuned number.
+      seed: of the initialisation and the order of the batches.
+      curve: lists of equal length: steps done, gradient-equivalents and seconds spent, and the loss as an average over
+        the mini-batches since the entry before.
+      evaluations: likewise steps, gradients, seconds, train_loss, test_loss and, for a classifier, test_accuracy.
+    """
+
+    setting: float
+    seed: int
+    curve: dict[str, list[float]]
+    evaluations: dict[str, list[float]]
+
+    def final(self, name: str) -> float:
+        """Returns a figure of the last evaluation; not a number if the run has none of that name."""
+        return self.evaluations.get(name, [math.nan])[-1]
+
+
+class Trainer:
+    """Trains a task with one method; compiled once, whatever the setting and the seed."""
+
+    def __init__(self, problem: Problem, method: Method) -> None:
+        self.problem = problem
+        self.method = method
+        self._warm = False
+
+        def step(state: State, train: Batch, indices: jax.Array, setting: float | jax.Array) -> tuple[State, jax.Array]:
+            batch = Batch(*(array[indices] for array in train))
+            return train_step(problem.task, method, state, batch, setting)
+
+        self._init = jax.jit(functools.partial(init_state, problem.task, method))
+        self._step = jax.jit(step)
+
+    def run(self, setting: float, seed: int, report: Callable[[float, float], None]) -> Run:
+        """Trains on the whole budget; calls `report(gradients, loss)` now and then.
+
+        The clock runs while steps are taken, not while they compile or while the network is evaluated. The loop is one
+        of Python: in a loop of XLA's, convolutions are many times slower on a CPU.
+        """
+        problem, train = self.problem, self.problem.data.train
+        num_steps = problem.num_steps(self.method)
+        order = problem.batch_indices(seed, num_steps)
+        state = self._init(jax.random.key(seed), train)
+        if not self._warm:
+            jax.block_until_ready(self._step(state, train, order[0], setting))
+            self._warm = True
+
+        curve, evaluations, seconds, done = [], [], 0.0, 0
+        ends = _spread(num_steps, _POINTS)
+        evaluated = {ends[i - 1] for i in _spread(len(ends), _EVALUATIONS)}
+        for end in ends:
+            start = time.perf_counter()
+            losses = []
+            for i in range(done, end):
+                state, value = self._step(state, train, order[i], setting)
+                losses.append(value)
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - start
+            spent = {"steps": end, "gradients": end * self.method.gradients, "seconds": seconds}
+            loss = float(np.mean(jax.device_get(losses)))
+            curve.append(spent | {"loss": loss})
+            report((end - done) * self.method.gradients, loss)
+            done = end
+            if end in evaluated:
+                evaluations.append(spent | problem.evaluate(state[0]))
+        return Run(setting, seed, _columns(curve), _columns(evaluations))
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    """Returns up to `parts` numbers, evenly spread over 1 to `total`, the last being `total`."""
+    return sorted({math.ceil(total * part / parts) for part in range(1, parts + 1)})
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}

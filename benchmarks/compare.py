@@ -1,0 +1,217 @@
+"""Trains a network with every method, each tuned over its grid on the same budget."""
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks import data
+from benchmarks.methods import METHODS, Method
+from benchmarks.models import make_task
+from benchmarks.plots import plot_curves
+from benchmarks.report import environment, print_table, write_json, write_table
+from benchmarks.training import SAMPLE, Problem, Run, Trainer
+
+TUNING_SEED = 0
+
+
+class Defaults(NamedTuple):
+    """Epochs' worth of gradients, and batch size: some minutes on two cores."""
+
+    budget: float
+    batch_size: int
+
+
+DEFAULTS = {
+    ("digits", "mlp"): Defaults(60, 128),
+    ("digits", "cnn"): Defaults(30, 128),
+    ("digits", "autoencoder"): Defaults(60, 128),
+    ("fashion-mnist", "mlp"): Defaults(8, 250),
+    ("fashion-mnist", "cnn"): Defaults(3, 250),
+    ("fashion-mnist", "autoencoder"): Defaults(4, 250),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("--dataset", choices=["digits", "fashion-mnist"], default="digits", help="default: digits")
+    parser.add_argument("--model", choices=["mlp", "cnn", "autoencoder"], default="mlp", help="default: mlp")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=data.default_folder(),
+        help="folder of Fashion-MNIST's IDX files (default: OPTCURV_DATA, or the Debian package's)",
+    )
+    parser.add_argument("--budget", type=_positive, help="epochs' worth of gradients for each run")
+    parser.add_argument("--batch-size", type=_count)
+    parser.add_argument("--seeds", type=_count, help="fresh seeds for the tuned methods (default: 3)")
+    parser.add_argument("--output", type=Path, help="folder (default: results/<dataset>-<model>)")
+    parser.add_argument("--quick", action="store_true", help="one seed and a fiftieth of the budget: does it run?")
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+@dataclasses.dataclass
+class Result:
+    """What was measured of one method: its runs over the grid, and those on fresh seeds at the best setting."""
+
+    method: Method
+    tuning: list[Run] = dataclasses.field(default_factory=list)
+    final: list[Run] = dataclasses.field(default_factory=list)
+
+    @property
+    def best(self) -> Run:
+        """The tuning run with the least final training loss; one that is not finite comes last."""
+        return min(self.tuning, key=lambda run: _finite_or_inf(run.final("train_loss")))
+
+    @property
+    def on_edge(self) -> bool:
+        """Whether the best setting is the first or last of the grid, so that a better may lie beyond."""
+        return self.best.setting in (self.method.grid[0], self.method.grid[-1])
+
+    @property
+    def shown(self) -> list[Run]:
+        """The runs on fresh seeds; where an interrupt came before them, the best tuning run."""
+        return self.final or [self.best]
+
+    def summary(self, name: str) -> tuple[float, float]:
+        """Returns mean and standard deviation over seeds (0 for a single one) of a final figure."""
+        values = [run.final(name) for run in self.shown]
+        spread = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+        return statistics.fmean(values), spread
+
+
+def _finite_or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compares, prints the table and writes table, JSON and pictures; after Ctrl-C, of what is complete."""
+    problem = make_problem(args)
+    num_seeds = args.seeds or (1 if args.quick else 3)
+    folder = args.output or Path("results") / f"{args.dataset}-{args.model}"
+    results: list[Result] = []
+    interrupted = False
+    try:
+        compare(problem, METHODS, num_seeds, results)
+    except KeyboardInterrupt:
+        interrupted = True
+        Console(stderr=True).print("Interrupted; writing what is complete.")
+    title = f"{args.dataset}, {args.model}, batch {problem.batch_size}"
+    measured = [result for result in results if result.tuning]
+    options = {"dataset": args.dataset, "model": args.model, "batch_size": problem.batch_size, "seeds": num_seeds}
+    options |= {"budget_gradients": problem.budget, "quick": args.quick}
+    write_json(folder / "results.json", _as_json(measured, options, interrupted))
+    if measured:
+        table = results_table(title, problem, measured)
+        print_table(table)
+        write_table(folder / "results.txt", table)
+        plot_curves(folder / "curves.png", title, {result.method.name: result.shown for result in measured})
+    Console().print(f"Written to {folder}")
+    return 130 if interrupted else 0
+
+
+def make_problem(args: argparse.Namespace) -> Problem:
+    """Returns what the options ask for."""
+    dataset = data.digits() if args.dataset == "digits" else data.fashion_mnist(args.data_dir)
+    defaults = DEFAULTS[args.dataset, args.model]
+    batch_size = args.batch_size or defaults.batch_size
+    num_images, image_size = dataset.train.images.shape[:2]
+    if batch_size > num_images:
+        raise data.DataError(f"--batch-size {batch_size} is more than the {num_images} training images.")
+    epochs = args.budget or (defaults.budget / 50 if args.quick else defaults.budget)
+    return Problem(make_task(args.model, image_size), dataset, batch_size, epochs * (num_images // batch_size))
+
+
+def compare(problem: Problem, methods: Sequence[Method], num_seeds: int, results: list[Result]) -> None:
+    """Tunes and runs one method after the other; appends to `results` as it goes, so that an interrupt loses little."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        num_runs = sum(len(method.grid) + num_seeds for method in methods)
+        bar = progress.add_task("", total=num_runs * problem.budget)
+        for method in methods:
+            result = Result(method)
+            results.append(result)
+            trainer = Trainer(problem, method)
+
+            def run(setting: float, seed: int, trainer: Trainer = trainer) -> Run:
+                label = f"{trainer.method.name}, {trainer.method.tuned} {setting:g}, seed {seed}"
+                progress.update(bar, description=label)
+
+                def report(gradients: float, loss: float) -> None:
+                    progress.update(bar, advance=gradients, description=f"{label}: loss {loss:.4f}")
+
+                return trainer.run(setting, seed, report)
+
+            for setting in method.grid:
+                result.tuning.append(run(setting, TUNING_SEED))
+            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + num_seeds):
+                result.final.append(run(result.best.setting, seed))
+        progress.update(bar, description="done", completed=num_runs * problem.budget)
+
+
+def results_table(title: str, problem: Problem, results: Sequence[Result]) -> Table:
+    """Lays out mean and spread over the seeds."""
+    num_images = min(SAMPLE, len(problem.data.train.labels))
+    table = Table(
+        title=title,
+        caption=f"Mean ± standard deviation over seeds. Train loss over {num_images} training images after the last "
+        "step. Seconds: of the steps alone.\n"
+        "(edge): the best setting is the first or last of its grid. (tuning): interrupted, the tuning run only.",
+    )
+    score = "test_accuracy" if problem.task.has_accuracy else "test_loss"
+    table.add_column("method", no_wrap=True)
+    for column in ("train loss", score.replace("_", " "), "seconds", "gradients", "steps"):
+        table.add_column(column, justify="right")
+    table.add_column("best setting")
+    for result in results:
+        mark = (" (edge)" if result.on_edge else "") + ("" if result.final else " (tuning)")
+        table.add_row(
+            result.method.name,
+            _plus_minus(*result.summary("train_loss"), digits=4),
+            _plus_minus(*result.summary(score), digits=4),
+            f"{result.summary('seconds')[0]:.2f}",
+            f"{result.summary('gradients')[0]:.0f}",
+            f"{result.summary('steps')[0]:.0f}",
+            f"{result.method.tuned} {result.best.setting:g}{mark}",
+        )
+    return table
+
+
+def _plus_minus(mean: float, spread: float, digits: int) -> str:
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if spread else f"{mean:.{digits}f}"
+
+
+def _as_json(results: Sequence[Result], options: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+    methods = {
+        result.method.name: {
+            "tuned": result.method.tuned,
+            "grid": result.method.grid,
+            "gradients_per_step": result.method.gradients,
+            "best_setting": result.best.setting,
+            "best_on_edge": result.on_edge,
+            "tuning": [dataclasses.asdict(run) for run in result.tuning],
+            "final": [dataclasses.asdict(run) for run in result.final],
+        }
+        for result in results
+    }
+    return {"environment": environment(), "options": options, "interrupted": interrupted, "methods": methods}
