@@ -2,26 +2,23 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-ValueFn = Callable[..., Any]
+PyTree: TypeAlias = Any
+"""Any nesting of arrays that JAX knows: parameters, gradients, batches."""
+
+ValueFn: TypeAlias = Callable[..., Any]
 """A loss as a function of the parameters: returns a scalar, or a pair whose first is the scalar."""
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    exclusive: bool = False,
+    name: str, value: Any, *, minimum: float = -math.inf, maximum: float = math.inf, exclusive: bool = False
 ) -> None:
-    """Raises `ValueError` if a plain number lies outside `[minimum, maximum]` (`(minimum, ...` if exclusive).
+    """Raises `ValueError` if a plain number lies outside `[minimum, maximum]`, or on an `exclusive` minimum.
 
     Schedules and traced values (`optax.inject_hyperparams`) have no value yet and pass.
     """
@@ -31,9 +28,9 @@ def check_number(
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
     below = value <= minimum if exclusive else value < minimum
     if below or value > maximum or not math.isfinite(value):
-        relation = ">" if exclusive else ">="
-        bounds = f"{relation} {minimum:g}" + (f" and <= {maximum:g}" if maximum < math.inf else "")
-        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}.")
+        lower = f"{'>' if exclusive else '>='} {minimum:g}"
+        upper = f" and <= {maximum:g}" if maximum < math.inf else ""
+        raise ValueError(f"{name} must be finite, {lower}{upper}, got {value!r}.")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -46,8 +43,8 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def check_closure(method: str, params: Any, value_fn: Any, curvature_fn: Any = None) -> None:
-    """Raises if `update` of `method` was called without params or without the loss closure."""
+def required_value_fn(method: str, params: PyTree, value_fn: ValueFn | None) -> ValueFn:
+    """Returns `value_fn`; raises if `update` of `method` was called without it or without params."""
     call = "update(updates, state, params, value_fn=loss)"
     if params is None:
         raise ValueError(f"{method} needs params: call {call}.")
@@ -55,36 +52,39 @@ def check_closure(method: str, params: Any, value_fn: Any, curvature_fn: Any = N
         raise TypeError(
             f"{method} needs the extra argument value_fn, the loss as a function of params: call {call}. "
             "(If you did, a wrapper dropped it: optax.chain around optax.MultiSteps or optax.lookahead does; "
-            "put the wrapper outermost.)"
+            "put such a wrapper outermost.)"
         )
-    for name, fn in (("value_fn", value_fn), ("curvature_fn", curvature_fn)):
-        if fn is not None and not callable(fn):
-            raise TypeError(f"{name} must be a function of params, got {type(fn).__name__}.")
+    return value_fn
 
 
-def scalar_fn(value_fn: ValueFn) -> Callable[[chex.ArrayTree], jax.Array]:
+def scalar_fn(value_fn: ValueFn) -> Callable[[PyTree], jax.Array]:
     """Returns `value_fn` without its auxiliary output, checked to be a real scalar."""
+    if not callable(value_fn):
+        raise TypeError(f"The loss must be a function of params, got {type(value_fn).__name__}.")
 
-    def scalar(params: chex.ArrayTree) -> jax.Array:
+    def scalar(params: PyTree) -> jax.Array:
         value = value_fn(params)
         if isinstance(value, tuple) and len(value) == 2:
-            value = value[0]
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            value, _ = value
+        value = jnp.asarray(value)
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(
-                "value_fn must return a real scalar, or a pair whose first is one; got "
-                f"{jax.tree.map(jax.typeof, value)}. Reduce per-example losses, for example with .mean()."
+                f"The loss must be a real scalar, or a pair whose first is one, got {value.dtype}{value.shape}. "
+                "Reduce per-example losses, for example with .mean()."
             )
         return value
 
     return scalar
 
 
-def scheduled(value: optax.ScalarOrSchedule, count: chex.Numeric) -> chex.Numeric:
+def scheduled(
+    value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
     """Returns a schedule's value at step `count`, or the constant itself."""
-    return value(count) if callable(value) else value
+    return jnp.asarray(value(count) if callable(value) else value, dtype)
 
 
-def at_least_float32(tree: chex.ArrayTree) -> chex.ArrayTree:
+def at_least_float32(tree: PyTree) -> PyTree:
     """Casts all leaves to their common dtype, or to float32 where that is narrower.
 
     Inner products and recurrences live in this dtype: bfloat16 would ruin them.

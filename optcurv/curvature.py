@@ -6,19 +6,18 @@ and shares that work among all products, with each other and with the gradient w
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import ValueFn, scalar_fn
+from optcurv.arguments import PyTree, ValueFn, scalar_fn
 
-MatVec = Callable[[chex.ArrayTree], chex.ArrayTree]
+MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear operator: maps a pytree like the parameters to another, and keeps its dtype."""
 
-CurvatureFn = Callable[[ValueFn, chex.ArrayTree], MatVec]
+CurvatureFn: TypeAlias = Callable[[ValueFn, PyTree], MatVec]
 """Builds an operator from a loss closure and the point at which it is taken."""
 
 
@@ -63,7 +62,7 @@ class Composite:
             if not callable(getattr(self, name)):
                 raise TypeError(f"Composite.{name} must be a function, got {getattr(self, name)!r}.")
 
-    def __call__(self, params: chex.ArrayTree, *, curvature_fn: ValueFn | None = None) -> Any:
+    def __call__(self, params: PyTree, *, curvature_fn: ValueFn | None = None) -> Any:
         """Returns the loss at `params`, or `(loss, aux)` with `has_aux`.
 
         `curvature_fn` is ignored. It is named here because optax's line searches hand every extra argument of
@@ -79,7 +78,7 @@ class Composite:
 jax.tree_util.register_dataclass(Composite, data_fields=["model_fn", "loss_fn"], meta_fields=["has_aux"])
 
 
-def hessian_product(value_fn: ValueFn, params: chex.ArrayTree) -> MatVec:
+def hessian_product(value_fn: ValueFn, params: PyTree) -> MatVec:
     r"""Linearises the gradient of a loss once and returns :math:`v \mapsto \nabla^2 L(w)\, v`.
 
     Forward over reverse: a product costs two gradients. The Hessian may be indefinite.
@@ -104,7 +103,7 @@ def hessian_product(value_fn: ValueFn, params: chex.ArrayTree) -> MatVec:
     return _keeping_dtype(product, params)
 
 
-def gauss_newton_product(composite: ValueFn, params: chex.ArrayTree) -> MatVec:
+def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
     r"""Linearises a model once and returns :math:`v \mapsto G v`, :math:`G = J_\varphi^\top H_\ell J_\varphi`.
 
     :math:`J_\varphi` is the Jacobian of the model's outputs, :math:`H_\ell` the Hessian of the loss by them (Eq. 17 of
@@ -144,17 +143,17 @@ def gauss_newton_product(composite: ValueFn, params: chex.ArrayTree) -> MatVec:
     transposed_product = jax.linear_transpose(jacobian_product, params)
     loss_hessian_product = hessian_product(composite.loss_fn, outputs)
 
-    def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+    def product(vector: PyTree) -> PyTree:
         (result,) = transposed_product(loss_hessian_product(jacobian_product(vector)))
         return result
 
     return _keeping_dtype(product, params)
 
 
-def _keeping_dtype(product: MatVec, params: chex.ArrayTree) -> MatVec:
+def _keeping_dtype(product: MatVec, params: PyTree) -> MatVec:
     """Lets a product of the parameters' dtype take and return vectors of another, usually a wider one."""
 
-    def cast_product(vector: chex.ArrayTree) -> chex.ArrayTree:
+    def cast_product(vector: PyTree) -> PyTree:
         tangent = jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params)
         return optax.tree.cast_like(product(tangent), vector)
 

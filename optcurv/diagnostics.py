@@ -3,8 +3,10 @@
 import jax
 import optax
 
+from optcurv.arguments import PyTree
 
-def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+
+def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Gathers the `info` of every state inside an optimiser's state, as one flat dict for the log.
 
     Finds them in any nesting of `optax.chain`, `masked`, `partition`, `MultiSteps` and other wrappers. optax's own line

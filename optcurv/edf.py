@@ -2,11 +2,20 @@
 
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import ValueFn, at_least_float32, check_closure, check_count, check_number, scheduled
+from optcurv.arguments import (
+    PyTree,
+    ValueFn,
+    at_least_float32,
+    check_count,
+    check_number,
+    required_value_fn,
+    scheduled,
+)
 from optcurv.curvature import CurvatureFn, gauss_newton_product
 from optcurv.krylov import minres
 
@@ -33,7 +42,7 @@ class EdfInfo(NamedTuple):
 class ScaleByEdfState(NamedTuple):
     """State of `scale_by_edf`: the step count, for schedules, and the last step's info."""
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     info: EdfInfo
 
 
@@ -91,34 +100,36 @@ def scale_by_edf(
     if not callable(curvature):
         raise TypeError(f"curvature must be a function like optcurv.gauss_newton_product, got {curvature!r}.")
 
-    def init(params: optax.Params) -> ScaleByEdfState:
+    def init(params: PyTree) -> ScaleByEdfState:
         del params
         zero = jnp.zeros((), jnp.float32)
         info = EdfInfo(zero, zero, jnp.zeros((), jnp.int32), zero, jnp.ones((), bool))
         return ScaleByEdfState(count=jnp.zeros((), jnp.int32), info=info)
 
     def update(
-        updates: optax.Updates,
-        state: ScaleByEdfState,
-        params: optax.Params | None = None,
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
         *,
         value_fn: ValueFn | None = None,
-        value: Any = 0.0,
+        value: chex.Numeric = 0.0,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByEdfState]:
+    ) -> tuple[PyTree, ScaleByEdfState]:
         del extra_args  # those of the other links in a chain
-        check_closure("scale_by_edf", params, value_fn, curvature_fn)
+        value_fn = required_value_fn("scale_by_edf", params, value_fn)
         gradient = at_least_float32(updates)
         norm = optax.tree.norm(gradient)
-        damping = scheduled(damping_scale, state.count) * norm ** scheduled(damping_power, state.count)
+        scale = scheduled(damping_scale, state.count, norm.dtype)
+        damping = scale * norm ** scheduled(damping_power, state.count, norm.dtype)
 
         matvec = curvature(curvature_fn or value_fn, params)
         direction, krylov_info = minres(matvec, gradient, krylov_dim, shift=damping)
 
         direction_norm = optax.tree.norm(direction)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm)
-        cosine = optax.tree.vdot(gradient, direction) / jnp.where(norm > 0, norm * direction_norm, 1.0)
+        norms = norm * direction_norm
+        cosine = optax.tree.vdot(gradient, direction) / jnp.where(norms == 0, 1.0, norms)
         info = EdfInfo(
             damping=jnp.float32(damping),
             residual_norm=jnp.float32(krylov_info.residual_norm),
@@ -136,8 +147,8 @@ def scale_by_edf(
 class ScaleByNesterovFlowState(NamedTuple):
     """State of `scale_by_nesterov_flow`: the step count n and the velocity :math:`w_n - w_{n-1}`."""
 
-    count: jax.Array
-    velocity: optax.Updates
+    count: jax.typing.ArrayLike
+    velocity: PyTree
 
 
 def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
@@ -172,12 +183,10 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
     """
     check_number("alpha", alpha, minimum=0.0, exclusive=True)
 
-    def init(params: optax.Params) -> ScaleByNesterovFlowState:
+    def init(params: PyTree) -> ScaleByNesterovFlowState:
         return ScaleByNesterovFlowState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
-    def update(
-        updates: optax.Updates, state: ScaleByNesterovFlowState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByNesterovFlowState]:
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, ScaleByNesterovFlowState]:
         del params
         n = optax.safe_increment(state.count)
         # At n = 1 the previous velocity is zero, so its factor does not matter.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import at_least_float32, check_count
+from optcurv.arguments import PyTree, at_least_float32, check_count
 from optcurv.curvature import MatVec
 
 
@@ -23,9 +23,7 @@ class MinresInfo(NamedTuple):
     num_steps: jax.Array
 
 
-def minres(
-    matvec: MatVec, b: chex.ArrayTree, num_steps: int, *, shift: chex.Numeric = 0.0
-) -> tuple[chex.ArrayTree, MinresInfo]:
+def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0.0) -> tuple[PyTree, MinresInfo]:
     r"""Minimises :math:`\|(A + \lambda I) x - b\|` over the Krylov space of order k, for symmetric A.
 
     The short recurrence of Paige and Saunders (1975) from zero; Algorithm 1 of the EDF paper with its misprint
@@ -73,7 +71,7 @@ def minres(
         # Lanczos: beta = 0 makes v zero, and with it all that follows in this loop.
         v = optax.tree.scale(_inverse(beta), u)
         u = optax.tree.add_scale(matvec(v), shift, v)
-        alpha = optax.tree.vdot(v, u)
+        alpha = jnp.asarray(optax.tree.vdot(v, u))
         u = optax.tree.add_scale(optax.tree.add_scale(u, -alpha, v), -beta, v_old)
         beta_old, beta = beta, optax.tree.norm(u)
         operator_norm = jnp.maximum(operator_norm, jnp.hypot(alpha, beta))
@@ -96,6 +94,8 @@ def minres(
         residual = -sin * residual
         v_old = v
         steps_used = steps_used + solvable
+        # Fused across steps, the unrolled recurrence would take XLA a time quadratic in their number.
+        x, q, q_old, u, v_old, beta, residual = jax.lax.optimization_barrier((x, q, q_old, u, v_old, beta, residual))
 
     return x, MinresInfo(residual_norm=jnp.abs(residual), num_steps=steps_used)
 

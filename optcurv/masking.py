@@ -5,16 +5,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import optax
 
-from optcurv.arguments import ValueFn
+from optcurv.arguments import PyTree, ValueFn
 from optcurv.curvature import Composite
 
 
 def masked(
-    inner: optax.GradientTransformation, mask: chex.ArrayTree | Callable[[optax.Params], chex.ArrayTree]
+    inner: optax.GradientTransformation, mask: PyTree | Callable[[PyTree], PyTree]
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.masked` for transformations that evaluate the loss; the signs are those of `inner`.
 
@@ -47,9 +46,7 @@ def masked(
     """
     transformation = optax.masked(inner, mask)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, PyTree]:
         mask_tree = mask(updates) if callable(mask) else mask
         reduced = dict(extra_args)
         if extra_args.get("grad") is not None:
@@ -62,21 +59,21 @@ def masked(
     return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
-def _under_mask(mask: chex.ArrayTree, tree: chex.ArrayTree) -> chex.ArrayTree:
+def _under_mask(mask: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda keep, subtree: subtree if keep else optax.MaskedNode(), mask, tree)
 
 
-def _with_the_rest(value_fn: ValueFn, mask: chex.ArrayTree, params: optax.Params) -> ValueFn:
+def _with_the_rest(value_fn: ValueFn, mask: PyTree, params: PyTree) -> ValueFn:
     """Returns `value_fn` as a function of the parameters under the mask, the others as in `params`."""
 
-    def complete(partial: chex.ArrayTree) -> chex.ArrayTree:
+    def complete(partial: PyTree) -> PyTree:
         return jax.tree.map(lambda keep, subtree, rest: subtree if keep else rest, mask, partial, params)
 
     if isinstance(value_fn, Composite):
         return dataclasses.replace(value_fn, model_fn=lambda partial: value_fn.model_fn(complete(partial)))
 
     @functools.wraps(value_fn)  # optax's line searches read the signature
-    def restricted(partial: chex.ArrayTree, **kwargs: Any) -> Any:
+    def restricted(partial: PyTree, **kwargs: Any) -> Any:
         return value_fn(complete(partial), **kwargs)
 
     return restricted

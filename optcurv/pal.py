@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optcurv.arguments import ValueFn, at_least_float32, check_closure, check_number, scalar_fn, scheduled
+from optcurv.arguments import (
+    PyTree,
+    ValueFn,
+    at_least_float32,
+    check_number,
+    required_value_fn,
+    scalar_fn,
+    scheduled,
+)
 from optcurv.quadratic import parabola_curvature
 
 
@@ -31,7 +39,7 @@ class PalInfo(NamedTuple):
 class ScaleByParabolicLinesearchState(NamedTuple):
     """State of `scale_by_parabolic_linesearch`: the step count, for schedules, and the last step's info."""
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     info: PalInfo
 
 
@@ -89,25 +97,24 @@ def scale_by_parabolic_linesearch(
     if not isinstance(exact_slope, bool):
         raise TypeError(f"exact_slope must be True or False, got {exact_slope!r}.")
 
-    def init(params: optax.Params) -> ScaleByParabolicLinesearchState:
+    def init(params: PyTree) -> ScaleByParabolicLinesearchState:
         del params
         zero = jnp.zeros((), jnp.float32)
         info = PalInfo(zero, zero, zero, jnp.zeros((), jnp.int32))
         return ScaleByParabolicLinesearchState(count=jnp.zeros((), jnp.int32), info=info)
 
     def update(
-        updates: optax.Updates,
-        state: ScaleByParabolicLinesearchState,
-        params: optax.Params | None = None,
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
         *,
         value_fn: ValueFn | None = None,
         value: chex.Numeric | None = None,
-        grad: optax.Updates | None = None,
+        grad: PyTree = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByParabolicLinesearchState]:
+    ) -> tuple[PyTree, ScaleByParabolicLinesearchState]:
         del extra_args  # those of the other links in a chain
-        check_closure("scale_by_parabolic_linesearch", params, value_fn)
-        loss = scalar_fn(value_fn)
+        loss = scalar_fn(required_value_fn("scale_by_parabolic_linesearch", params, value_fn))
         if exact_slope and grad is None:  # costs nothing where the caller's gradient shares this jit
             value, grad = jax.value_and_grad(loss)(params)
         elif value is None:
@@ -116,14 +123,13 @@ def scale_by_parabolic_linesearch(
         updates_wide = at_least_float32(updates)
         norm = optax.tree.norm(updates_wide)
         direction = optax.tree.scale(1 / jnp.where(norm > 0, norm, 1.0), updates_wide)
-        slope = optax.tree.vdot(at_least_float32(grad), direction) if exact_slope else -norm
+        slope = jnp.asarray(optax.tree.vdot(at_least_float32(grad), direction)) if exact_slope else -norm
 
-        mu = jnp.asarray(scheduled(measuring_step, state.count), norm.dtype)
-        longest = jnp.asarray(scheduled(max_step, state.count), norm.dtype)
-        factor = jnp.asarray(scheduled(curvature_factor, state.count), norm.dtype)
+        mu = scheduled(measuring_step, state.count, norm.dtype)
+        longest = scheduled(max_step, state.count, norm.dtype)
+        factor = scheduled(curvature_factor, state.count, norm.dtype)
         trial = optax.apply_updates(params, optax.tree.cast_like(optax.tree.scale(mu, direction), updates))
-        value, trial_value = at_least_float32(value), at_least_float32(loss(trial))
-        curvature = factor * parabola_curvature(value, slope, mu, trial_value)
+        curvature = factor * parabola_curvature(at_least_float32(value), slope, mu, at_least_float32(loss(trial)))
 
         finite = jnp.isfinite(norm) & jnp.isfinite(slope) & jnp.isfinite(curvature)
         downhill = finite & (slope < 0)
@@ -196,7 +202,7 @@ def pal(
     check_number("decay_steps", decay_steps, minimum=1)
 
     def decayed(value: optax.ScalarOrSchedule) -> optax.Schedule:
-        return lambda count: scheduled(value, count) * decay ** (count / decay_steps)
+        return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)
 
     # The momentum must not keep a gradient that was not finite; no number of those in a row lets one pass.
     guarded_momentum = optax.apply_if_finite(optax.trace(momentum), max_consecutive_errors=np.iinfo(np.int32).max)

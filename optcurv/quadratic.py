@@ -1,11 +1,11 @@
 """Local quadratic models of the loss."""
 
-import chex
+from jax import Array
 
 
 def parabola_curvature(
-    value: chex.Numeric, slope: chex.Numeric, step: chex.Numeric, value_at_step: chex.Numeric
-) -> chex.Numeric:
+    value: Array | float, slope: Array | float, step: Array | float, value_at_step: Array | float
+) -> Array | float:
     r"""Second derivative of the parabola through two values and a slope.
 
     With :math:`l(0)`, :math:`l'(0)` and :math:`l(\mu)` given (Eq. 4 of the PAL paper):

@@ -1,0 +1,231 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse.linalg
+from jax.flatten_util import ravel_pytree
+
+import optcurv
+from tests import problems
+
+CURVATURES = [optcurv.gauss_newton_product, optcurv.hessian_product]
+
+
+def run(optimizer, params, loss, num_steps):
+    """Returns the parameters after each step, the start included, and the last state."""
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    path, state = [params], optimizer.init(params)
+    for _ in range(num_steps):
+        params, state = step(params, state)
+        path.append(params)
+    return path, state
+
+
+def dense_curvature(curvature, loss, params):
+    """The same matrix from `jax.jacobian` and `jax.hessian` alone."""
+    flat, unravel = ravel_pytree(params)
+    if curvature is optcurv.hessian_product:
+        return np.asarray(jax.jit(jax.hessian(lambda w: loss(unravel(w))))(flat))
+    outputs, unravel_outputs = ravel_pytree(loss.model_fn(params))
+    jacobian = jax.jit(jax.jacobian(lambda w: ravel_pytree(loss.model_fn(unravel(w)))[0]))(flat)
+    return np.asarray(jacobian.T @ jax.hessian(lambda out: loss.loss_fn(unravel_outputs(out)))(outputs) @ jacobian)
+
+
+@pytest.mark.parametrize("krylov_dim", [1, 2, 5])
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)])
+def test_update_equals_scipys_minres_on_the_dense_matrix(dtype, tolerance, curvature, krylov_dim):
+    with jax.enable_x64(True):
+        wide_params, wide_batch = problems.network_params(dtype=jnp.float64), problems.blobs(dtype=jnp.float64)
+        wide_loss = problems.network_loss(wide_batch)
+        gradient = np.asarray(ravel_pytree(jax.grad(wide_loss)(wide_params))[0])
+        damping = 0.5 * np.linalg.norm(gradient) ** 1.5
+        matrix = dense_curvature(curvature, wide_loss, wide_params) + damping * np.eye(gradient.size)
+        expected, _ = scipy.sparse.linalg.minres(matrix, gradient, maxiter=krylov_dim, rtol=1e-15)
+    with jax.enable_x64(dtype == jnp.float64):
+        params, loss = problems.network_params(dtype=dtype), problems.network_loss(problems.blobs(dtype=dtype))
+        optimizer = optcurv.scale_by_edf(krylov_dim, curvature=curvature, damping_scale=0.5, damping_power=1.5)
+        grads = jax.grad(loss)(params)
+        update = jax.jit(lambda g, s, p: optimizer.update(g, s, p, value_fn=loss))
+        updates, state = update(grads, optimizer.init(params), params)
+        actual = np.asarray(ravel_pytree(updates)[0], np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.linalg.norm(expected))
+    np.testing.assert_allclose(state.info.damping, damping, rtol=1e-5)
+    np.testing.assert_allclose(state.info.residual_norm, np.linalg.norm(matrix @ expected - gradient), rtol=1e-4)
+    cosine = gradient @ expected / np.linalg.norm(gradient) / np.linalg.norm(expected)
+    np.testing.assert_allclose(state.info.cosine, cosine, rtol=1e-5)
+    assert state.info.num_steps == krylov_dim
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_first_order_is_algorithm_2(curvature):
+    """v = c g with c = <g, u> / <u, u>, u = (A + λI) g, from one product."""
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    products = []
+
+    def counted(value_fn, params):
+        matvec = curvature(value_fn, params)
+        return lambda v: products.append(None) or matvec(v)
+
+    optimizer = optcurv.scale_by_edf(1, curvature=counted)
+    grads = jax.grad(loss)(params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
+    assert len(products) == 1
+
+    g = ravel_pytree(grads)[0]
+    u = ravel_pytree(curvature(loss, params)(grads))[0] + jnp.linalg.norm(g) * g
+    np.testing.assert_allclose(ravel_pytree(updates)[0], (g @ u) / (u @ u) * g, rtol=2e-5, atol=1e-8)
+
+
+def well_posed_system():
+    """Returns `(w, F)`: as many equations as unknowns, nonlinear, with an invertible Jacobian."""
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(2 * np.eye(4) + 0.3 * rng.normal(size=(4, 4)))
+    return jnp.asarray(rng.normal(size=4)), lambda w: matrix @ w + 0.5 * jnp.tanh(w)
+
+
+@pytest.mark.parametrize(("decay", "total"), [(lambda t: -1.0, 1.0), (lambda t: -1 / (1 - t), 0.5)])
+def test_flow_follows_its_decay(decay, total):
+    """Along dw/dt = χ v, with full Krylov order and no damping, F(t) = ρ(t) F₀, χ = (ln ρ)' (Theorem 2.2).
+
+    ρ = exp(-t) is the exponentially decaying flow, ρ = 1 - t the geodesic of Theorem 2.1. RK4's error is O(h⁴).
+    """
+    with jax.enable_x64(True):
+        start, system = well_posed_system()
+        loss = optcurv.Composite(system, lambda outputs: 0.5 * jnp.sum(outputs**2))
+        optimizer = optcurv.scale_by_edf(4, damping_scale=0.0)
+
+        @jax.jit
+        def velocity(w, t):
+            return decay(t) * optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)[0]
+
+        def error(num_steps):
+            w, h = start, total / num_steps
+            for n in range(num_steps):
+                t = n * h
+                k1 = velocity(w, t)
+                k2 = velocity(w + h / 2 * k1, t + h / 2)
+                k3 = velocity(w + h / 2 * k2, t + h / 2)
+                k4 = velocity(w + h * k3, t + h)
+                w = w + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            rho = np.exp(-total) if total == 1.0 else 1 - total
+            return np.linalg.norm(system(w) - rho * system(start))
+
+        errors = [error(n) for n in (2, 4, 8)]
+    assert errors[-1] < 1e-5
+    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert orders[-1] == pytest.approx(4, abs=0.4)
+
+
+def test_euler_steps_of_an_affine_system_decay_geometrically():
+    """F_n = (1 - η)ⁿ F₀ for the optimiser itself."""
+    with jax.enable_x64(True):
+        start, _ = well_posed_system()
+        matrix = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)) + 3 * np.eye(4))
+        loss = optcurv.Composite(lambda w: matrix @ w - 1, lambda outputs: 0.5 * jnp.sum(outputs**2))
+        path, _ = run(optcurv.edf(0.3, 4, damping_scale=0.0), start, loss, 5)
+        np.testing.assert_allclose(loss.model_fn(path[5]), 0.7**5 * loss.model_fn(start), rtol=1e-8)
+
+
+def test_strong_damping_gives_the_scaled_gradient():
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    grads = jax.grad(loss)(params)
+    optimizer = optcurv.scale_by_edf(3, damping_scale=1e6, damping_power=0.0)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(1e6 * u, g, rtol=1e-4, atol=1e-7), updates, grads)
+
+
+def test_larger_order_is_faster_on_the_full_batch():
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs(size=64))
+    finals = []
+    for krylov_dim in (1, 3, 8):
+        path, _ = run(optcurv.edf(1.0, krylov_dim, damping_scale=0.1, acceleration="nesterov"), params, loss, 10)
+        finals.append(float(loss(path[-1])))
+    assert finals[0] > 1.05 * finals[1] > 1.05**2 * finals[2]
+
+
+def test_hessian_direction_can_go_uphill_and_says_so():
+    loss = lambda w: -0.5 * jnp.sum(w**2)  # noqa: E731
+    w = jnp.array([1.0, 2.0])
+    optimizer = optcurv.scale_by_edf(1, curvature=optcurv.hessian_product, damping_scale=0.0)
+    updates, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
+    np.testing.assert_allclose(updates, w, rtol=1e-6)  # the Newton direction, towards the maximum
+    np.testing.assert_allclose(state.info.cosine, -1.0, rtol=1e-6)
+
+
+def test_momentum_is_w1():
+    params, loss = problems.quadratic(condition=5.0)
+    path, _ = run(optcurv.edf(0.5, 2, acceleration="momentum"), params, loss, 4)
+    direction = optcurv.scale_by_edf(2)
+    w, m = params, optax.tree.zeros_like(params)
+    for n in range(4):
+        v, _ = direction.update(jax.grad(loss)(w), direction.init(w), w, value_fn=loss)
+        m = jax.tree.map(lambda m, v: 0.9 * m + 0.1 * v, m, v)
+        w = jax.tree.map(lambda w, m: w - 0.5 * m, w, m)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), path[n + 1], w)
+
+
+def test_nesterov_flow_is_w2_under_a_learning_rate_schedule():
+    """The two-sequence form of Su, Boyd and Candès, written out."""
+    params, loss = problems.quadratic(condition=5.0)
+    schedule = optax.exponential_decay(0.5, 1, 0.8)
+    path, _ = run(optcurv.edf(schedule, 1, acceleration="nesterov"), params, loss, 6)
+    direction = optcurv.scale_by_edf(1)
+    y = w = params
+    for n in range(1, 7):
+        v, _ = direction.update(jax.grad(loss)(y), direction.init(y), y, value_fn=loss)
+        w_old, w = w, jax.tree.map(lambda y, v, n=n: y - schedule(n - 1) * v, y, v)
+        y = jax.tree.map(lambda w, old, n=n: w + (n - 1) / (n + 2) * (w - old), w, w_old)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), path[n], y)
+
+
+def test_exact_newton_steps_under_nesterov_arrive_at_once_and_stay():
+    params, loss = problems.quadratic(condition=3.0)
+    path, _ = run(optcurv.edf(1.0, 6, damping_scale=0.0, acceleration="nesterov"), params, loss, 4)
+    for point in path[1:]:
+        jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 1.0, atol=1e-4), point)
+
+
+def test_damping_may_follow_schedules():
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer = optcurv.edf(0.1, 1, damping_scale=lambda t: 2.0 + t, damping_power=lambda t: 0.0 * t)
+    _, state = run(optimizer, params, loss, 3)
+    assert optcurv.diagnostics(state)["edf/damping"] == 4.0
+
+
+def test_curvature_closure_replaces_the_loss_in_the_products_only():
+    """Curvature twice as strong halves the undamped step."""
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    double = optcurv.Composite(loss.model_fn, lambda logits: 2 * loss.loss_fn(logits))
+    optimizer = optcurv.scale_by_edf(2, damping_scale=0.0)
+    grads = jax.grad(loss)(params)
+    full, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
+    half, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss, curvature_fn=double)
+    jax.tree.map(lambda f, h: np.testing.assert_allclose(f, 2 * h, rtol=1e-3, atol=1e-6), full, half)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "name"),
+    [
+        (lambda: optcurv.scale_by_edf(0), ValueError, "krylov_dim"),
+        (lambda: optcurv.scale_by_edf(1.5), TypeError, "krylov_dim"),
+        (lambda: optcurv.scale_by_edf(damping_scale=-1.0), ValueError, "damping_scale"),
+        (lambda: optcurv.scale_by_edf(damping_scale="1"), TypeError, "damping_scale"),
+        (lambda: optcurv.scale_by_edf(damping_power=-0.5), ValueError, "damping_power"),
+        (lambda: optcurv.scale_by_edf(damping_power=float("nan")), ValueError, "damping_power"),
+        (lambda: optcurv.scale_by_edf(curvature="hessian"), TypeError, "curvature"),
+        (lambda: optcurv.scale_by_nesterov_flow(0.0), ValueError, "alpha"),
+        (lambda: optcurv.edf(0.1, acceleration="polyak"), ValueError, "acceleration"),
+        (lambda: optcurv.edf(0.1, dampening=1.0), TypeError, "dampening"),
+    ],
+)
+def test_wrong_options(make, error, name):
+    with pytest.raises(error, match=name):
+        make()
