@@ -30,7 +30,7 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = {
-    ("digits", "mlp"): Defaults(60, 128),
+    ("digits", "mlp"): Defaults(40, 128),
     ("digits", "cnn"): Defaults(30, 128),
     ("digits", "autoencoder"): Defaults(60, 128),
     ("fashion-mnist", "mlp"): Defaults(8, 250),
@@ -153,31 +153,34 @@ def compare(problem: Problem, methods: Sequence[Method], num_seeds: int, results
             results.append(result)
             trainer = Trainer(problem, method)
 
-            def run(setting: float, seed: int, trainer: Trainer = trainer) -> Run:
+            def run(setting: float, seed: int, num_evaluations: int, trainer: Trainer = trainer) -> Run:
                 label = f"{trainer.method.name}, {trainer.method.tuned} {setting:g}, seed {seed}"
                 progress.update(bar, description=label)
 
                 def report(gradients: float, loss: float) -> None:
                     progress.update(bar, advance=gradients, description=f"{label}: loss {loss:.4f}")
 
-                return trainer.run(setting, seed, report)
+                return trainer.run(setting, seed, num_evaluations, report)
 
             for setting in method.grid:
-                result.tuning.append(run(setting, TUNING_SEED))
+                result.tuning.append(run(setting, TUNING_SEED, num_evaluations=1))
             for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + num_seeds):
-                result.final.append(run(result.best.setting, seed))
+                result.final.append(run(result.best.setting, seed, num_evaluations=4))
         progress.update(bar, description="done", completed=num_runs * problem.budget)
 
 
 def results_table(title: str, problem: Problem, results: Sequence[Result]) -> Table:
     """Lays out mean and spread over the seeds."""
     num_images = min(SAMPLE, len(problem.data.train.labels))
-    table = Table(
-        title=title,
-        caption=f"Mean ± standard deviation over seeds. Train loss over {num_images} training images after the last "
-        "step. Seconds: of the steps alone.\n"
-        "(edge): the best setting is the first or last of its grid. (tuning): interrupted, the tuning run only.",
-    )
+    notes = [
+        "Mean ± standard deviation over seeds. Seconds: of the steps alone.",
+        f"Train loss: over {num_images} training images after the last step.",
+    ]
+    if any(result.on_edge for result in results):
+        notes.append("(edge): the first or last setting of its grid; a better one may lie beyond.")
+    if not all(result.final for result in results):
+        notes.append("(tuning): interrupted before the fresh seeds; the best tuning run.")
+    table = Table(title=title, caption="\n".join(notes))
     score = "test_accuracy" if problem.task.has_accuracy else "test_loss"
     table.add_column("method", no_wrap=True)
     for column in ("train loss", score.replace("_", " "), "seconds", "gradients", "steps"):
@@ -187,8 +190,8 @@ def results_table(title: str, problem: Problem, results: Sequence[Result]) -> Ta
         mark = (" (edge)" if result.on_edge else "") + ("" if result.final else " (tuning)")
         table.add_row(
             result.method.name,
-            _plus_minus(*result.summary("train_loss"), digits=4),
-            _plus_minus(*result.summary(score), digits=4),
+            _plus_minus(*result.summary("train_loss")),
+            _plus_minus(*result.summary(score)),
             f"{result.summary('seconds')[0]:.2f}",
             f"{result.summary('gradients')[0]:.0f}",
             f"{result.summary('steps')[0]:.0f}",
@@ -197,8 +200,8 @@ def results_table(title: str, problem: Problem, results: Sequence[Result]) -> Ta
     return table
 
 
-def _plus_minus(mean: float, spread: float, digits: int) -> str:
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if spread else f"{mean:.{digits}f}"
+def _plus_minus(mean: float, spread: float) -> str:
+    return f"{mean:#.3g} ± {spread:.1g}" if spread else f"{mean:#.3g}"
 
 
 def _as_json(results: Sequence[Result], options: dict[str, Any], interrupted: bool) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def forward_flops(workload: Workload, batch: Batch) -> float:
     The first layer needs no gradient by its input, so a gradient costs less than three forward passes.
     """
     forward = jax.jit(lambda params, batch: workload.task.loss(batch)(params))
-    return count_flops(forward.lower(workload.task.init(jax.random.key(0), batch), batch).compile())
+    return count_flops(forward.lower(jax.eval_shape(workload.task.init, jax.random.key(0), batch), batch).compile())
 
 
 def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> dict[str, Any]:

@@ -21,7 +21,6 @@ SAMPLE = 10_000
 """The reported training loss is taken over so many training images, or all where there are fewer."""
 
 _POINTS = 24  # of a curve, each an average over the mini-batches since the last
-_EVALUATIONS = 4
 
 
 def init_state(task: Task, method: Method, key: jax.Array, batch: Batch) -> State:
@@ -132,8 +131,8 @@ class Trainer:
         self._init = jax.jit(functools.partial(init_state, problem.task, method))
         self._step = jax.jit(step)
 
-    def run(self, setting: float, seed: int, report: Callable[[float, float], None]) -> Run:
-        """Trains on the whole budget; calls `report(gradients, loss)` now and then.
+    def run(self, setting: float, seed: int, num_evaluations: int, report: Callable[[float, float], None]) -> Run:
+        """Trains on the whole budget; calls `report(gradients, loss)` now and then, evaluates so often, and at the end.
 
         The clock runs while steps are taken, not while they compile or while the network is evaluated. The loop is one
         of Python: in a loop of XLA's, convolutions are many times slower on a CPU.
@@ -148,7 +147,7 @@ class Trainer:
 
         curve, evaluations, seconds, done = [], [], 0.0, 0
         ends = _spread(num_steps, _POINTS)
-        evaluated = {ends[i - 1] for i in _spread(len(ends), _EVALUATIONS)}
+        evaluated = {ends[i - 1] for i in _spread(len(ends), num_evaluations)}
         for end in ends:
             start = time.perf_counter()
             losses = []

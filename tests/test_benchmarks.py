@@ -101,9 +101,9 @@ def test_tuning_picks_the_least_final_loss(losses, best, on_edge):
 
 @pytest.fixture
 def few_methods(monkeypatch):
-    """Adam and EDF-G, three and two settings each."""
-    adam, edf = methods.METHODS[1], methods.METHODS[3]
-    few = (dataclasses.replace(adam, grid=(1e-9, 1e-2, 1e4)), dataclasses.replace(edf, grid=(0.5, 1.0)))
+    """SGD and EDF-G, three and two settings each."""
+    sgd, edf = methods.METHODS[0], methods.METHODS[3]
+    few = (dataclasses.replace(sgd, grid=(1e-9, 1e-2, 1e4)), dataclasses.replace(edf, grid=(0.5, 1.0)))
     monkeypatch.setattr(compare, "METHODS", few)
     return few
 
@@ -124,10 +124,10 @@ def test_a_budget_buys_fewer_of_the_dearer_steps(tiny_problem, few_methods):
 
 
 def test_one_run(tiny_problem, few_methods):
-    adam = few_methods[0]
+    sgd = few_methods[0]
     reports = []
-    trainer = training.Trainer(tiny_problem, adam)
-    run = trainer.run(1e-2, seed=1, report=lambda *pair: reports.append(pair))
+    trainer = training.Trainer(tiny_problem, sgd)
+    run = trainer.run(0.1, seed=1, num_evaluations=4, report=lambda *pair: reports.append(pair))
     assert run.curve["steps"] == list(range(1, 15))
     assert run.curve["gradients"][-1] == sum(gradients for gradients, _ in reports) == 14
     assert run.curve["loss"][-1] < run.curve["loss"][0]
@@ -135,7 +135,10 @@ def test_one_run(tiny_problem, few_methods):
     assert run.evaluations["steps"] == [4, 7, 11, 14]
     assert run.final("train_loss") < run.evaluations["train_loss"][0]
     assert 0.2 < run.final("test_accuracy") <= 1
-    still = trainer.run(1e-9, seed=1, report=lambda *pair: None)  # the setting reaches the compiled step
+    still = trainer.run(
+        1e-9, seed=1, num_evaluations=1, report=lambda *pair: None
+    )  # the setting reaches the compiled step
+    assert still.evaluations["steps"] == [14]
     assert still.curve["loss"][0] == pytest.approx(run.curve["loss"][0], rel=1e-5)
     assert still.final("train_loss") == pytest.approx(math.log(10), rel=0.2)
 
@@ -143,12 +146,12 @@ def test_one_run(tiny_problem, few_methods):
 def test_the_main_job_writes_table_json_and_picture(tmp_path, few_methods, capsys):
     options = ["--budget", "1", "--seeds", "2", "--output", str(tmp_path)]
     assert main(options) == 0
-    assert "Adam" in capsys.readouterr().out
+    assert "SGD-momentum" in capsys.readouterr().out
     content = json.loads((tmp_path / "results.json").read_text())
-    adam = content["methods"]["Adam"]
-    assert (adam["best_setting"], adam["best_on_edge"]) == (1e-2, False)
-    assert [run["setting"] for run in adam["tuning"]] == [1e-9, 1e-2, 1e4]
-    assert [(run["setting"], run["seed"]) for run in adam["final"]] == [(1e-2, 1), (1e-2, 2)]
+    sgd = content["methods"]["SGD-momentum"]
+    assert (sgd["best_setting"], sgd["best_on_edge"]) == (1e-2, False)
+    assert [run["setting"] for run in sgd["tuning"]] == [1e-9, 1e-2, 1e4]
+    assert [(run["setting"], run["seed"]) for run in sgd["final"]] == [(1e-2, 1), (1e-2, 2)]
     assert content["methods"]["EDF-G k=1"]["best_on_edge"]
     assert content["environment"]["jax"] == jax.__version__
     assert not content["interrupted"]
@@ -156,13 +159,16 @@ def test_the_main_job_writes_table_json_and_picture(tmp_path, few_methods, capsy
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize(("runs_before", "shown"), [(0, []), (2, ["Adam"]), (5, ["Adam"]), (6, ["Adam", "EDF-G k=1"])])
+@pytest.mark.parametrize(
+    ("runs_before", "shown"),
+    [(0, []), (2, ["SGD-momentum"]), (5, ["SGD-momentum"]), (6, ["SGD-momentum", "EDF-G k=1"])],
+)
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, few_methods, runs_before, shown):
     del few_methods
     complete = []
 
-    def run(trainer, setting, seed, report):
-        del trainer, report
+    def run(trainer, setting, seed, num_evaluations, report):
+        del trainer, num_evaluations, report
         if len(complete) == runs_before:
             raise KeyboardInterrupt
         axes = {"steps": [1.0, 2.0], "gradients": [1.0, 2.0], "seconds": [0.1, 0.2]}
@@ -201,10 +207,10 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     assert main(["cost", "--model", "mlp", "--rounds", "2", "--output", str(tmp_path)]) == 0
     assert "EDF-G k=1" in capsys.readouterr().out
     figures = json.loads((tmp_path / "cost.json").read_text())["cost"]["mlp"]
-    gradient, adam, edf = figures["rows"]
+    gradient, sgd, edf = figures["rows"]
     assert gradient["flops_ratio"] == 1
     assert gradient["seconds_ratio_quartiles"] == [1, 1, 1]
-    assert 1 < adam["flops_ratio"] < edf["flops_ratio"] < 3
+    assert 1 < sgd["flops_ratio"] < edf["flops_ratio"] < 3
     assert 1 / 3 < figures["forward_flops_ratio"] < 1 / 2
     assert edf["seconds_ratio_quartiles"] == sorted(edf["seconds_ratio_quartiles"])
     assert min(row["temporary_bytes"] for row in figures["rows"]) > 0
