@@ -1,0 +1,61 @@
+"""The methods, one row each. The laws of `test_contract.py` hold for every row; exceptions are columns."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import optcurv
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A method and what the laws must know of it.
+
+    Attributes:
+      name: the test's id.
+      factory: the constructor.
+      options: its arguments, chosen for the small problems of the tests.
+      static: those that `optax.inject_hyperparams` must not trace.
+      needs_composite: whether a plain closure is refused.
+      curvature: whether `curvature_fn` changes the step.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    static: tuple[str, ...] = ()
+    needs_composite: bool = False
+    curvature: bool = False
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        return self.factory(**self.options)
+
+
+def edf_case(name: str, krylov_dim: int, *, needs_composite: bool = True, **options: Any) -> Case:
+    return Case(
+        name=name,
+        factory=optcurv.edf,
+        options={"learning_rate": 0.5, "krylov_dim": krylov_dim, **options},
+        static=("krylov_dim", "curvature", "acceleration"),
+        needs_composite=needs_composite,
+        curvature=True,
+    )
+
+
+def adam_with_linesearch(measuring_step: float = 0.1, max_step: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    search = optcurv.scale_by_parabolic_linesearch(measuring_step, max_step=max_step)
+    return optax.chain(optax.adam(1.0), search)
+
+
+CASES = [
+    edf_case("edf-g-1", 1),
+    edf_case("edf-g-2", 2),
+    edf_case("edf-g-2-momentum", 2, acceleration="momentum"),
+    edf_case("edf-g-2-nesterov", 2, acceleration="nesterov"),
+    edf_case("edf-h-2", 2, curvature=optcurv.hessian_product, needs_composite=False),
+    Case("pal", optcurv.pal, static=("exact_slope",)),
+    Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}),
+    Case("adam-parabolic-linesearch", adam_with_linesearch),
+]

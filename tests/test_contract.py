@@ -1,0 +1,422 @@
+"""The contract of every method: laws crossed with the rows of `cases.py` and `wrappers.py`."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+import optcurv
+from tests import problems
+from tests.cases import CASES
+from tests.wrappers import WRAPPERS
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def make_step(optimizer, loss_of_batch=problems.network_loss):
+    """One training step, as a user writes it."""
+
+    def step(params, state, batch):
+        loss = loss_of_batch(batch)
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(step, params, state, num_steps, start=0):
+    for n in range(start, start + num_steps):
+        params, state = step(params, state, problems.blobs(seed=n))
+    return params, state
+
+
+def assert_same(actual, expected, rtol=1e-4):
+    """Equal structures, and leaves equal up to rounding."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual, expected = jax.device_get((actual, expected))
+    scale = np.abs(ravel_pytree(expected)[0]).max()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale), actual, expected)
+
+
+def assert_finite(tree):
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def reference(case):
+    """The parameters and state after four jitted steps on the network."""
+    optimizer, params = case.make(), problems.network_params()
+    return train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 4)
+
+
+# Learning.
+
+
+@every_case
+def test_converges_on_an_ill_conditioned_quadratic(case):
+    params, loss = problems.quadratic(condition=100.0)
+    optimizer = case.make()
+    step = jax.jit(make_step(optimizer, lambda _: loss))
+    start, (params, _) = loss(params), train(step, params, optimizer.init(params), 100)
+    assert loss(params) < 0.05 * start
+
+
+@every_case
+def test_learns_to_classify(case):
+    optimizer, params = case.make(), problems.network_params()
+    params, _ = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 60)
+    test = problems.blobs(seed=1000, size=300)
+    assert problems.network_loss(test)(params) < 0.45  # 1.1 is chance
+    assert jnp.mean(jnp.argmax(problems.network(params, test.x), axis=1) == test.y) > 0.8
+
+
+# JAX's transformations.
+
+
+@every_case
+def test_jit_equals_no_jit(case):
+    optimizer, params = case.make(), problems.network_params()
+    assert_same(train(make_step(optimizer), params, optimizer.init(params), 4), reference(case))
+
+
+@every_case
+def test_second_step_compiles_nothing(case):
+    optimizer, params = case.make(), problems.network_params()
+    step = jax.jit(make_step(optimizer))
+    params, _ = train(step, params, optimizer.init(params), 4)
+    assert step._cache_size() == 1
+    assert_same(params, reference(case)[0], rtol=1e-6)
+
+
+@every_case
+def test_scan_equals_the_python_loop(case):
+    optimizer, params = case.make(), problems.network_params()
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[problems.blobs(seed=n) for n in range(4)])
+    step = make_step(optimizer)
+    body = lambda carry, batch: (step(*carry, batch), None)  # noqa: E731
+    carry, _ = jax.jit(lambda p, s: jax.lax.scan(body, (p, s), batches))(params, optimizer.init(params))
+    assert_same(carry, reference(case))
+
+
+@every_case
+def test_vmap_over_seeds_equals_the_loop_over_seeds(case):
+    optimizer = case.make()
+    several = [problems.network_params(seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    step = make_step(optimizer)
+    batched = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+    together, _ = train(batched, stacked, jax.vmap(optimizer.init)(stacked), 3)
+    jitted = jax.jit(step)
+    for seed, params in enumerate(several):
+        alone, _ = train(jitted, params, optimizer.init(params), 3)
+        assert_same(jax.tree.map(lambda leaf, seed=seed: leaf[seed], together), alone, rtol=1e-3)
+
+
+@every_case
+def test_params_and_state_can_be_donated(case):
+    optimizer, params = case.make(), jax.tree.map(jnp.copy, problems.network_params())
+    step = jax.jit(make_step(optimizer), donate_argnums=(0, 1))
+    assert_same(train(step, params, optimizer.init(params), 4), reference(case), rtol=1e-5)
+    assert params["a_kernel"].is_deleted()
+
+
+@every_case
+def test_lowers_for_every_platform(case):
+    optimizer, params = case.make(), problems.network_params()
+    arguments = (params, optimizer.init(params), problems.blobs())
+    exported = jax.export.export(jax.jit(_flat(make_step(optimizer), arguments)), platforms=["cpu", "cuda", "tpu"])
+    assert exported(*jax.tree.map(jax.typeof, jax.tree.leaves(arguments))).platforms == ("cpu", "cuda", "tpu")
+
+
+def _flat(step, arguments):
+    """The step on leaves alone: `jax.export` serialises no NamedTuples it does not know."""
+    structure = jax.tree.structure(arguments)
+    return lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves)))
+
+
+# Structures, dtypes, placement, checkpoints.
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_every_leaf_keeps_its_dtype(case, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        optimizer, params = case.make(), problems.network_params(dtype=dtype)
+        state = optimizer.init(params)
+        step = jax.jit(lambda p, s: make_step(optimizer)(p, s, problems.blobs(dtype=dtype)))
+        new_params, new_state = params, state
+        for _ in range(5):
+            new_params, new_state = step(new_params, new_state)
+        assert jax.tree.map(_dtype_and_shape, new_params) == jax.tree.map(_dtype_and_shape, params)
+        assert jax.tree.map(_dtype_and_shape, new_state) == jax.tree.map(_dtype_and_shape, state)
+        loss = problems.network_loss(problems.blobs(dtype=dtype))
+        assert loss(new_params) < 0.9 * loss(params)
+
+
+def _dtype_and_shape(leaf):
+    return jnp.result_type(leaf), jnp.shape(leaf)
+
+
+@every_case
+def test_mixed_dtypes_are_kept(case):
+    params = problems.network_params() | {"a_kernel": problems.network_params()["a_kernel"].astype(jnp.bfloat16)}
+    optimizer = case.make()
+    new_params, _ = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 2)
+    assert jax.tree.map(_dtype_and_shape, new_params) == jax.tree.map(_dtype_and_shape, params)
+
+
+class Network(NamedTuple):
+    a: Any
+    nothing: Any
+    b: Any
+    c: Any
+    d: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class NetworkDataclass:
+    a: Any
+    b: Any
+    c: Any
+    d: Any
+
+
+STRUCTURES = {
+    "NamedTuple-with-None": lambda leaves: Network(leaves[0], None, *leaves[1:]),
+    "FrozenDict": lambda leaves: flax.core.freeze({"one": {"a": leaves[0], "b": leaves[1]}, "two": list(leaves[2:])}),
+    "nnx.State": lambda leaves: nnx.State(dict(zip("abcd", map(nnx.Param, leaves), strict=True))),
+    "dataclass": lambda leaves: NetworkDataclass(*leaves),
+    "dict-with-None": lambda leaves: dict(zip("abcd", leaves, strict=True)) | {"e": None},
+}
+
+
+@every_case
+@pytest.mark.parametrize("build", STRUCTURES.values(), ids=STRUCTURES.keys())
+def test_any_structure_takes_the_same_path(case, build):
+    optimizer, params = case.make(), build(jax.tree.leaves(problems.network_params()))
+    new_params, state = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 4)
+    assert jax.tree.structure(new_params) == jax.tree.structure(params)
+    assert_same(jax.tree.leaves(new_params), jax.tree.leaves(reference(case)[0]), rtol=1e-5)
+    assert_finite(state)
+
+
+@every_case
+@pytest.mark.parametrize("params", [jnp.asarray(3.0), 3.0, {"w": 3.0}], ids=["array", "float", "float-in-dict"])
+def test_scalar_parameters(case, params):
+    loss = optcurv.Composite(lambda p: 2.0 * (jax.tree.leaves(p)[0] - 1.0), lambda residual: 0.5 * residual**2)
+    optimizer = case.make()
+    new_params, _ = train(make_step(optimizer, lambda _: loss), params, optimizer.init(params), 3)
+    assert loss(new_params) < loss(params)
+
+
+@every_case
+def test_sharded_batch_takes_the_same_path(case):
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    optimizer = case.make()
+    params = jax.device_put(problems.network_params(), everywhere)
+    state = jax.device_put(optimizer.init(params), everywhere)
+    step = jax.jit(make_step(optimizer))
+    for n in range(4):
+        params, state = step(params, state, jax.device_put(problems.blobs(seed=n), split))
+    assert params["a_kernel"].sharding.is_fully_replicated
+    assert_same(params, reference(case)[0])
+
+
+@every_case
+def test_checkpoint_continues_bit_for_bit(case, tmp_path):
+    optimizer, params = case.make(), problems.network_params()
+    step = jax.jit(make_step(optimizer))
+    halfway = train(step, params, optimizer.init(params), 2)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "halfway", halfway)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "halfway", jax.tree.map(jnp.zeros_like, halfway))
+    jax.tree.map(np.testing.assert_array_equal, train(step, *restored, 2, start=2), train(step, *halfway, 2, start=2))
+
+
+# Company in a chain.
+
+
+@every_case
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.name)
+def test_wrappers_do_what_the_table_says(case, wrapper):
+    optimizer, params = wrapper.wrap(case), problems.network_params()
+    step = jax.jit(make_step(optimizer))
+    if wrapper.error is not None:
+        with pytest.raises(wrapper.error, match=wrapper.message):
+            step(params, optimizer.init(params), problems.blobs())
+        return
+    final, state = train(step, params, optimizer.init(params), 4)
+    assert optcurv.diagnostics(state)
+    if wrapper.holds == "same":
+        assert_same(final, reference(case)[0])
+    else:
+        final, _ = train(step, params, optimizer.init(params), 40)
+        test = problems.network_loss(problems.blobs(seed=1000))
+        assert test(final) < 0.9 * test(params)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10),
+        lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True),
+        lambda: optax.scale_by_zoom_linesearch(max_linesearch_steps=5),
+    ],
+    ids=["backtracking", "backtracking-store-grad", "zoom"],
+)
+def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
+    optimizer, params = optax.chain(case.make(), search()), problems.network_params()
+
+    @jax.jit
+    def step(params, state):
+        loss = problems.network_loss(problems.blobs())
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_fn=loss)
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = optimizer.init(params), []
+    for _ in range(6):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.9 * values[0]
+
+
+@every_case
+def test_stored_value_and_gradient_of_a_line_search_are_found_in_the_chain(case):
+    """`optax.value_and_grad_from_state` looks fields up by name: none of our states may use `value` or `grad`."""
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True)
+    optimizer, params = optax.chain(case.make(), search), problems.network_params()
+    loss, state = problems.network_loss(problems.blobs()), optimizer.init(params)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+    for _ in range(2):
+        value, grad = value_and_grad(params, state=state)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(value_and_grad(params, state=state)[0], loss(params), rtol=1e-5)
+
+
+@every_case
+def test_works_on_the_updates_it_is_handed(case):
+    """With the incoming updates zero nothing moves, whatever the loss's own gradient is."""
+    optimizer, params = optax.chain(optax.set_to_zero(), case.make()), problems.network_params()
+    new_params, _ = make_step(optimizer)(params, optimizer.init(params), problems.blobs())
+    jax.tree.map(np.testing.assert_array_equal, new_params, params)
+
+
+@every_case
+def test_value_and_grad_only_save_work(case):
+    optimizer, params, batch = case.make(), problems.network_params(), problems.blobs()
+    loss = problems.network_loss(batch)
+    grad = jax.grad(loss)(params)
+    bare, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
+    full, _ = make_step(optimizer)(params, optimizer.init(params), batch)
+    assert_same(optax.apply_updates(params, bare), full, rtol=1e-6)
+
+
+@every_case
+def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
+    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    with_aux = optcurv.Composite(lambda p: (loss.model_fn(p), "aux"), loss.loss_fn, has_aux=True)
+    grad = jax.grad(loss)(params)
+    bare, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
+    other, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=with_aux, somebody_elses=1.0)
+    jax.tree.map(np.testing.assert_array_equal, bare, other)
+
+
+@every_case
+def test_curvature_closure_matters_only_to_curvature_methods(case):
+    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    double = optcurv.Composite(loss.model_fn, lambda outputs: 2 * loss.loss_fn(outputs))
+    grad = jax.grad(loss)(params)
+    plain, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
+    other, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss, curvature_fn=double)
+    assert np.allclose(ravel_pytree(plain)[0], ravel_pytree(other)[0]) != case.curvature
+
+
+@every_case
+def test_state_names_no_python_objects_and_info_is_scalar(case):
+    params = problems.network_params()
+    state = case.make().init(params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    report = optcurv.diagnostics(reference(case)[1])
+    assert report
+    assert all(np.shape(value) == () for value in report.values())
+
+
+# Faults.
+
+
+@every_case
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("when", [0, 3])
+def test_poisoned_batch_moves_nothing_to_nan_and_the_next_one_learns(case, poison, when):
+    optimizer, params = case.make(), problems.network_params()
+    step = jax.jit(make_step(optimizer, linear_loss))
+    params, state = train(step, params, optimizer.init(params), when)
+    batch = problems.blobs()
+    before = optcurv.diagnostics(state)
+    params, state = step(params, state, batch._replace(x=batch.x.at[3, 2].set(poison)))
+    assert_finite(params)
+    assert optcurv.diagnostics(state).keys() == before.keys()
+    params, state = train(step, params, state, 20)
+    assert_finite((params, state))
+    assert linear_loss(batch)(params) < 0.5 * linear_loss(batch)(problems.network_params())
+
+
+def linear_loss(batch):
+    """A loss that lets a poisoned input through, which a saturating network would hide."""
+
+    def model_fn(params):
+        kernel, bias, head, scale = jax.tree.leaves(params)
+        return scale * ((batch.x @ kernel + bias) @ head)
+
+    return optcurv.Composite(model_fn, lambda outputs: jnp.mean((outputs - jax.nn.one_hot(batch.y, 3)) ** 2))
+
+
+@every_case
+def test_missing_closure_or_params(case):
+    optimizer, params = case.make(), problems.network_params()
+    state = optimizer.init(params)
+    with pytest.raises(TypeError, match=r"needs the extra argument value_fn.*update\(updates, state, params"):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match="needs params"):
+        optimizer.update(params, state, value_fn=problems.network_loss(problems.blobs()))
+
+
+@every_case
+def test_loss_that_is_no_scalar(case):
+    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    per_example = optcurv.Composite(loss.model_fn, lambda outputs: jnp.sum(outputs**2, axis=1))
+    with pytest.raises(TypeError, match=r"real scalar.*mean"):
+        optimizer.update(params, optimizer.init(params), params, value_fn=per_example)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.needs_composite], ids=lambda case: case.name)
+def test_plain_closure_where_a_composite_is_needed(case):
+    optimizer, params = case.make(), problems.network_params()
+    loss = problems.network_loss(problems.blobs())
+    with pytest.raises(TypeError, match=r"optcurv\.Composite"):
+        optimizer.update(params, optimizer.init(params), params, value_fn=lambda p: loss(p))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.needs_composite], ids=lambda case: case.name)
+def test_plain_closure_where_it_is_enough(case):
+    optimizer, params = case.make(), problems.network_params()
+    plain = lambda batch: lambda p: problems.network_loss(batch)(p)  # noqa: E731
+    assert_same(train(jax.jit(make_step(optimizer, plain)), params, optimizer.init(params), 4), reference(case))
