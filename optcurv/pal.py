@@ -59,7 +59,8 @@ def scale_by_parabolic_linesearch(
 
     clipped to `max_step` last (Eqs. 4, 5 and 9 and section 2.3 of "PAL: A fast DNN optimization method based on
     curvature information"). Only the direction of the incoming step matters, not its length, so that any optimiser may
-    stand before it, after its sign flip: `optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch())`.
+    stand before it, after its sign flip: `optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch())`. One
+    with averages of its own keeps what is not finite in them, unless wrapped in `optax.apply_if_finite`.
 
     The update takes the extra arguments `value_fn` (required), `value` and `grad`, the loss and its gradient at params.
     With both given, one forward pass is all the search costs; what is missing it evaluates. Wherever the loss, the

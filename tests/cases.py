@@ -45,16 +45,16 @@ def edf_case(name: str, krylov_dim: int, *, needs_composite: bool = True, **opti
 
 
 def adam_with_linesearch(measuring_step: float = 0.1, max_step: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Adam's averages would keep a gradient that is not finite, so it is guarded as optax recommends."""
     search = optcurv.scale_by_parabolic_linesearch(measuring_step, max_step=max_step)
-    return optax.chain(optax.adam(1.0), search)
+    return optax.chain(optax.apply_if_finite(optax.adam(1.0), 2**31 - 1), search)
 
 
 CASES = [
-    edf_case("edf-g-1", 1),
-    edf_case("edf-g-2", 2),
-    edf_case("edf-g-2-momentum", 2, acceleration="momentum"),
+    edf_case("edf-g-1-momentum", 1, acceleration="momentum"),
     edf_case("edf-g-2-nesterov", 2, acceleration="nesterov"),
-    edf_case("edf-h-2", 2, curvature=optcurv.hessian_product, needs_composite=False),
+    # Damped more: as published EDF-H is drawn to saddle points, here to the network that ignores its input.
+    edf_case("edf-h-1", 1, curvature=optcurv.hessian_product, damping_scale=2.0, needs_composite=False),
     Case("pal", optcurv.pal, static=("exact_slope",)),
     Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}),
     Case("adam-parabolic-linesearch", adam_with_linesearch),

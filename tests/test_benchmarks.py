@@ -103,7 +103,7 @@ def test_tuning_picks_the_least_final_loss(losses, best, on_edge):
 def few_methods(monkeypatch):
     """SGD and EDF-G, three and two settings each."""
     sgd, edf = methods.METHODS[0], methods.METHODS[3]
-    few = (dataclasses.replace(sgd, grid=(1e-9, 1e-2, 1e4)), dataclasses.replace(edf, grid=(0.5, 1.0)))
+    few = (dataclasses.replace(sgd, grid=(1e-9, 1e-2, 1e30)), dataclasses.replace(edf, grid=(0.5, 1.0)))
     monkeypatch.setattr(compare, "METHODS", few)
     return few
 
@@ -150,8 +150,9 @@ def test_the_main_job_writes_table_json_and_picture(tmp_path, few_methods, capsy
     content = json.loads((tmp_path / "results.json").read_text())
     sgd = content["methods"]["SGD-momentum"]
     assert (sgd["best_setting"], sgd["best_on_edge"]) == (1e-2, False)
-    assert [run["setting"] for run in sgd["tuning"]] == [1e-9, 1e-2, 1e4]
+    assert [run["setting"] for run in sgd["tuning"]] == [1e-9, 1e-2, 1e30]
     assert [(run["setting"], run["seed"]) for run in sgd["final"]] == [(1e-2, 1), (1e-2, 2)]
+    assert sgd["tuning"][2]["evaluations"]["train_loss"] == [None]  # diverged; JSON has no NaN
     assert content["methods"]["EDF-G k=1"]["best_on_edge"]
     assert content["environment"]["jax"] == jax.__version__
     assert not content["interrupted"]

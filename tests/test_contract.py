@@ -274,10 +274,9 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
     "search",
     [
         lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10),
-        lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True),
         lambda: optax.scale_by_zoom_linesearch(max_linesearch_steps=5),
     ],
-    ids=["backtracking", "backtracking-store-grad", "zoom"],
+    ids=["backtracking", "zoom"],
 )
 def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
     optimizer, params = optax.chain(case.make(), search()), problems.network_params()
@@ -363,20 +362,18 @@ def test_state_names_no_python_objects_and_info_is_scalar(case):
 
 
 @every_case
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30])
-@pytest.mark.parametrize("when", [0, 3])
-def test_poisoned_batch_moves_nothing_to_nan_and_the_next_one_learns(case, poison, when):
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+def test_poisoned_batches_move_nothing_to_nan_and_the_next_ones_teach(case, poison):
     optimizer, params = case.make(), problems.network_params()
     step = jax.jit(make_step(optimizer, linear_loss))
-    params, state = train(step, params, optimizer.init(params), when)
-    batch = problems.blobs()
-    before = optcurv.diagnostics(state)
-    params, state = step(params, state, batch._replace(x=batch.x.at[3, 2].set(poison)))
-    assert_finite(params)
-    assert optcurv.diagnostics(state).keys() == before.keys()
+    state, good = optimizer.init(params), problems.blobs()
+    bad = good._replace(x=good.x.at[3, 2].set(poison))
+    for batch in (bad, good, good, bad, bad):
+        params, state = step(params, state, batch)
+        assert_finite(params)
     params, state = train(step, params, state, 20)
     assert_finite((params, state))
-    assert linear_loss(batch)(params) < 0.5 * linear_loss(batch)(problems.network_params())
+    assert linear_loss(good)(params) < 0.5 * linear_loss(good)(problems.network_params())
 
 
 def linear_loss(batch):

@@ -68,5 +68,5 @@ WRAPPERS = [
         message="unexpected keyword",
     ),
     # The method sees one flat vector, the closure wants the tree.
-    Wrapper("flatten", lambda case: optax.flatten(case.make()), error=ValueError, message="unpack"),
+    Wrapper("flatten", lambda case: optax.flatten(case.make()), error=ValueError, message="unpack|structure"),
 ]

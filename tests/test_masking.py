@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optcurv
+from tests import problems
+from tests.cases import CASES
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+MASK = {"a_kernel": False, "b_bias": True, "c_kernel": True, "d_scale": False}
+FROZEN = {name: not trained for name, trained in MASK.items()}
+
+
+def train(optimizer, params, loss, num_steps=4):
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(num_steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def split(params):
+    return tuple({k: v for k, v in params.items() if MASK[k] == side} for side in (True, False))
+
+
+@every_case
+@pytest.mark.parametrize("mask", [MASK, lambda params: MASK], ids=["tree", "function"])
+def test_equals_optimising_the_part_alone_with_the_rest_closed_over(case, mask):
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer = optax.chain(optcurv.masked(case.make(), mask), optax.freeze(FROZEN))
+    whole, state = train(optimizer, params, loss)
+
+    part, rest = split(params)
+    part_loss = optcurv.Composite(lambda p: loss.model_fn(p | rest), loss.loss_fn)
+    expected, _ = train(case.make(), part, part_loss)
+
+    actual, kept = split(whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
+    jax.tree.map(np.testing.assert_array_equal, kept, rest)
+    assert optcurv.diagnostics(state)
+
+
+def test_two_methods_share_the_parameters():
+    """Updates outside a mask pass through, so that another method can take them."""
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer = optax.chain(optcurv.masked(optcurv.edf(0.5), MASK), optax.masked(optax.adam(1e-2), FROZEN))
+    final, _ = train(optimizer, params, loss, 20)
+    assert loss(final) < 0.5 * loss(params)
+    assert not np.allclose(final["a_kernel"], params["a_kernel"])
+
+
+def test_mask_may_be_a_prefix():
+    params, loss = problems.quadratic()
+    nested = {"outer": params, "other": jnp.ones(2)}
+    nested_loss = optcurv.Composite(
+        lambda p: {"residual": loss.model_fn(p["outer"]), "other": p["other"]},
+        lambda out: loss.loss_fn(out["residual"]) + jnp.sum(out["other"] ** 2),
+    )
+    optimizer = optax.chain(
+        optcurv.masked(optcurv.edf(1.0, 6, damping_scale=0.0), {"outer": True, "other": False}),
+        optax.freeze({"outer": False, "other": True}),
+    )
+    final, _ = train(optimizer, nested, nested_loss, 2)
+    np.testing.assert_allclose(jnp.concatenate(jax.tree.leaves(final["outer"])), 1.0, atol=1e-3)
+    np.testing.assert_array_equal(final["other"], 1.0)
+
+
+def test_plain_closure_and_an_optax_line_search_inside_the_mask():
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+
+    def plain(p, curvature_fn=None):
+        del curvature_fn  # named, since optax's line searches hand it on
+        return loss(p)
+
+    inner = optax.chain(optcurv.edf(1.0, curvature=optcurv.hessian_product), optax.scale_by_backtracking_linesearch(10))
+    final, _ = train(optax.chain(optcurv.masked(inner, MASK), optax.freeze(FROZEN)), params, plain, 6)
+    assert loss(final) < loss(params)
+    np.testing.assert_array_equal(final["a_kernel"], params["a_kernel"])
+
+
+def test_missing_closure_is_still_our_error():
+    params = problems.network_params()
+    optimizer = optcurv.masked(optcurv.edf(0.1), MASK)
+    with pytest.raises(TypeError, match="needs the extra argument value_fn"):
+        optimizer.update(params, optimizer.init(params), params)
