@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.training import Run
 
@@ -33,8 +33,9 @@ def plot_curves(path: Path, title: str, runs: Mapping[str, Sequence[Run]]) -> No
             panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     for panel, label in zip(panels, _AXES.values(), strict=True):
         panel.set(xlabel=label, yscale="log")
-        panel.yaxis.set_major_formatter(LogFormatter())  # 0.3 rather than 3 × 10⁻¹
-        panel.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(visible=True, which="both", alpha=0.3)
     panels[0].set_ylabel("training loss, mini-batch average")
     figure.suptitle(title)
