@@ -17,7 +17,7 @@ FLOORS = [
     {"__init__"},
 ]
 PACKAGE = pathlib.Path(optcurv.__file__).parent
-THIRD_PARTY = {"chex", "jax", "numpy", "optax"}
+THIRD_PARTY = {"chex", "jax", "optax"}
 
 
 def imports(path):

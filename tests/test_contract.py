@@ -397,6 +397,14 @@ def test_missing_closure_or_params(case):
 
 
 @every_case
+def test_complex_parameters(case):
+    loss = optcurv.Composite(lambda w: jnp.abs(w - 1), lambda outputs: jnp.sum(outputs**2))
+    optimizer, params = case.make(), jnp.array([1j, 2.0])
+    with pytest.raises(TypeError, match="must be real"):
+        optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
+
+
+@every_case
 def test_loss_that_is_no_scalar(case):
     optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
     per_example = optcurv.Composite(loss.model_fn, lambda outputs: jnp.sum(outputs**2, axis=1))
