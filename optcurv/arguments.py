@@ -90,4 +90,6 @@ def at_least_float32(tree: PyTree) -> PyTree:
     Inner products and recurrences live in this dtype: bfloat16 would ruin them.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError("Parameters must be real; make real and imaginary parts leaves of their own.")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optcurv.arguments import (
@@ -133,20 +132,24 @@ def scale_by_parabolic_linesearch(
         curvature = factor * parabola_curvature(at_least_float32(value), slope, mu, at_least_float32(loss(trial)))
 
         finite = jnp.isfinite(norm) & jnp.isfinite(slope) & jnp.isfinite(curvature)
-        downhill = finite & (slope < 0)
-        convex = curvature > 0
-        minimum = -slope / jnp.where(convex, curvature, 1.0)
-        step = jnp.where(downhill, jnp.minimum(jnp.where(convex, minimum, mu), longest), 0.0)
-        case = jnp.where(downhill, jnp.where(convex, 1, 2), jnp.where(finite, 3, 0))
-
-        info = PalInfo(
-            slope=jnp.float32(slope), curvature=jnp.float32(curvature), step=jnp.float32(step), case=jnp.int32(case)
-        )
+        step, case = _step_and_case(slope, curvature, mu, longest)
+        step, case = jnp.where(finite, step, 0.0), jnp.where(finite, case, 0)
+        info = PalInfo(*map(jnp.float32, (slope, curvature, step)), case=jnp.int32(case))
         scaled = optax.tree.where(step > 0, optax.tree.scale(step, direction), optax.tree.zeros_like(direction))
         new_state = ScaleByParabolicLinesearchState(count=optax.safe_increment(state.count), info=info)
         return optax.tree.cast_like(scaled, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_and_case(
+    slope: jax.Array, curvature: jax.Array, measuring_step: jax.Array, max_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The three cases of section 2.3, the clip last."""
+    convex, downhill = curvature > 0, slope < 0
+    minimum = -slope / jnp.where(convex, curvature, 1.0)
+    step = jnp.where(downhill, jnp.where(convex, minimum, measuring_step), 0.0)
+    return jnp.minimum(step, max_step), jnp.where(downhill, jnp.where(convex, 1, 2), 3)
 
 
 def pal(
@@ -206,7 +209,7 @@ def pal(
         return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)
 
     # The momentum must not keep a gradient that was not finite; no number of those in a row lets one pass.
-    guarded_momentum = optax.apply_if_finite(optax.trace(momentum), max_consecutive_errors=np.iinfo(np.int32).max)
+    guarded_momentum = optax.apply_if_finite(optax.trace(momentum), max_consecutive_errors=jnp.iinfo(jnp.int32).max)
     search = scale_by_parabolic_linesearch(
         decayed(measuring_step), curvature_factor=curvature_factor, max_step=decayed(max_step), exact_slope=exact_slope
     )
