@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from benchmarks import data
-from benchmarks.methods import METHODS, Method
+from benchmarks.methods import FULL_BATCH_METHODS, METHODS, Method
 from benchmarks.models import make_task
 from benchmarks.plots import plot_curves
 from benchmarks.report import environment, print_table, write_json, write_table
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     results: list[Result] = []
     interrupted = False
     try:
-        compare(problem, METHODS, num_seeds, results)
+        compare(problem, FULL_BATCH_METHODS if problem.full_batch else METHODS, num_seeds, results)
     except KeyboardInterrupt:
         interrupted = True
         Console(stderr=True).print("Interrupted; writing what is complete.")

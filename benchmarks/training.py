@@ -60,6 +60,11 @@ class Problem:
     batch_size: int
     budget: float
 
+    @property
+    def full_batch(self) -> bool:
+        """Whether a batch is the whole training set."""
+        return self.batch_size == len(self.data.train.labels)
+
     def num_steps(self, method: Method) -> int:
         """Returns how many steps of a method the budget buys, at least one."""
         return max(1, math.floor(self.budget / method.gradients + 1e-6))

@@ -160,6 +160,18 @@ def test_the_main_job_writes_table_json_and_picture(tmp_path, few_methods, capsy
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
+def test_a_batch_that_is_the_training_set_gets_the_full_batch_methods(tmp_path, monkeypatch, few_methods):
+    del few_methods
+    sgd, edf = methods.FULL_BATCH_METHODS[0], methods.FULL_BATCH_METHODS[3]
+    few = (dataclasses.replace(sgd, grid=(0.1,)), dataclasses.replace(edf, grid=(0.5,)))
+    monkeypatch.setattr(compare, "FULL_BATCH_METHODS", few)
+    options = ["--batch-size", "1437", "--budget", "5", "--seeds", "1", "--output", str(tmp_path)]
+    assert main(options) == 0
+    measured = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert list(measured) == ["SGD-momentum", "EDF-G k=1, W2"]
+    assert measured["EDF-G k=1, W2"]["final"][0]["curve"]["steps"][-1] == 2
+
+
 @pytest.mark.parametrize(
     ("runs_before", "shown"),
     [(0, []), (2, ["SGD-momentum"]), (5, ["SGD-momentum"]), (6, ["SGD-momentum", "EDF-G k=1"])],
