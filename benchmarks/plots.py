@@ -31,9 +31,12 @@ def plot_curves(path: Path, title: str, runs: Mapping[str, Sequence[Run]]) -> No
             style = {"color": colour, "linestyle": line, "marker": marker, "markevery": 4, "markersize": 5}
             panel.plot(x, losses.mean(axis=0), label=name, **style)
             panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    panels[0].set_yscale("log")  # of all, which share it
+    low, high = panels[0].get_ylim()
+    within_decade = (1, 3) if high < 1e5 * low else (1,)  # over more decades LogLocator drops what lies between
     for panel, label in zip(panels, _AXES.values(), strict=True):
-        panel.set(xlabel=label, yscale="log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.set_xlabel(label)
+        panel.yaxis.set_major_locator(LogLocator(subs=within_decade))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(visible=True, which="both", alpha=0.3)
