@@ -56,9 +56,8 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
     """
     check_count("num_steps", num_steps)
     b = at_least_float32(b)
-    epsilon = 10 * jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(b))).eps
-
     beta = optax.tree.norm(b)
+    epsilon = 10 * jnp.finfo(beta.dtype).eps
     shift = jnp.asarray(shift, beta.dtype)
     residual = beta
     operator_norm = jnp.zeros_like(beta)  # running estimate, the yardstick of a breakdown
