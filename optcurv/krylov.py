@@ -1,14 +1,18 @@
 """Krylov methods on pytrees. They know no loss: an operator is a function `v -> Av`."""
 
-from typing import NamedTuple
+import enum
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, at_least_float32, check_count
+from optcurv.arguments import PyTree, at_least_float32, check_count, check_number
 from optcurv.curvature import MatVec
+from optcurv.quadratic import Minimizer, minimize_cubic, minimize_in_ball
 
 
 class MinresInfo(NamedTuple):
@@ -102,3 +106,297 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
 def _inverse(x: jax.Array) -> jax.Array:
     """1/x, and 0 for x = 0; not a number stays so."""
     return jnp.where(x == 0, 0.0, 1 / jnp.where(x == 0, 1.0, x))
+
+
+class Metric(NamedTuple):
+    r"""The norm :math:`\|s\|_M = \sqrt{s^\top M s}` of a positive definite M, as two operators.
+
+    Attributes:
+      apply: :math:`v \mapsto M v`.
+      inverse: :math:`v \mapsto M^{-1} v`.
+    """
+
+    apply: MatVec
+    inverse: MatVec
+
+
+class Stop(enum.IntEnum):
+    """Why a solver stopped; `optcurv.Stop(int(info.stop)).name` reads it from a log."""
+
+    NOT_FINITE = 0
+    INDEFINITE_SHAPE = 1
+    CONVERGED = 2
+    BOUNDARY = 3
+    NEGATIVE_CURVATURE = 4
+    MAX_ITER = 5
+
+
+class ModelStep(NamedTuple):
+    r"""A step that reduces a quadratic model.
+
+    Attributes:
+      step: s, of the gradient's structure and dtype.
+      predicted_decrease: :math:`m(0) - m(s)`.
+      iterations: curvature products taken.
+      stop: a `Stop`.
+    """
+
+    step: PyTree
+    predicted_decrease: jax.Array
+    iterations: jax.Array
+    stop: jax.Array
+
+
+Solver: TypeAlias = Callable[[MatVec, PyTree, Metric, jax.Array, jax.Array], ModelStep]
+"""Maps the product with B, the gradient, the metric, the radius (or cubic weight) and a random key to a step."""
+
+
+def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
+    r"""Conjugate gradients for the trust region model, stopped at the boundary and at negative curvature.
+
+    Reduces :math:`m(s) = g^\top s + \tfrac12 s^\top B s` subject to :math:`\|s\|_M \le \Delta` (Steihaug 1983),
+    preconditioned with M, so that the iterates are those of plain conjugate gradients in the coordinates
+    :math:`M^{1/2} s` and their norms grow monotonically. Where the next iterate would leave the region, or the
+    curvature along its direction is not positive, the step goes on to the boundary. It decreases the model at least as
+    much as the Cauchy point, and does not see negative curvature that the gradient hides: a zero gradient gives a zero
+    step.
+
+    Args:
+      max_iter: the most products taken, at least 1.
+      tol: κ ≥ 0; stops where the residual falls below :math:`\|g\| \min(\kappa, \sqrt{\|g\|})`, in the norm of
+        :math:`M^{-1}`.
+
+    Returns:
+      The solver, for `optcurv.trust_region`.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if `max_iter` is not a Python int.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> ball = optcurv.Metric(apply=lambda v: v, inverse=lambda v: v)
+      >>> solve = optcurv.steihaug(tol=1e-6)
+      >>> g = jnp.array([2.0, 4.0])
+      >>> found = solve(lambda v: jnp.array([1.0, 4.0]) * v, g, ball, jnp.array(10.0), jax.random.key(0))
+      >>> print(found.step.round(3), found.iterations, optcurv.Stop(int(found.stop)).name)
+      [-2. -1.] 2 CONVERGED
+    """
+    check_count("max_iter", max_iter)
+    check_number("tol", tol, minimum=0.0)
+
+    def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
+        del key  # nothing here is random
+        preconditioned = metric.inverse(gradient)
+        rho = jnp.asarray(optax.tree.vdot(gradient, preconditioned))
+        norm = jnp.sqrt(rho)
+        tolerance = norm * jnp.minimum(tol, jnp.sqrt(norm))
+
+        def advance(state: _ConjugateGradients) -> _ConjugateGradients:
+            s, r, p = state.step, state.residual, state.direction
+            product = matvec(p)
+            curvature = jnp.asarray(optax.tree.vdot(p, product))
+            to_boundary, definite = _distance_to_boundary(metric, s, p, radius)
+            to_minimum = state.rho / jnp.where(curvature > 0, curvature, 1.0)
+            inside = (curvature > 0) & (to_minimum < to_boundary)
+            length = jnp.where(inside, to_minimum, to_boundary)
+            s, r = optax.tree.add_scale(s, length, p), optax.tree.add_scale(r, length, product)
+
+            preconditioned = metric.inverse(r)
+            rho = jnp.asarray(optax.tree.vdot(r, preconditioned))
+            p = optax.tree.add_scale(optax.tree.scale(-1.0, preconditioned), rho / state.rho, p)
+            at_boundary = jnp.where(curvature > 0, Stop.BOUNDARY, Stop.NEGATIVE_CURVATURE)
+            converged = jnp.where(jnp.sqrt(rho) <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
+            stop = jnp.where(definite & (rho >= 0), jnp.where(inside, converged, at_boundary), Stop.INDEFINITE_SHAPE)
+            stop = jnp.where(jnp.isfinite(curvature) & jnp.isfinite(rho), stop, Stop.NOT_FINITE)
+            return _ConjugateGradients(s, r, p, rho, state.iterations + 1, stop)
+
+        stop = jnp.where(norm <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
+        stop = jnp.where(rho >= 0, stop, Stop.INDEFINITE_SHAPE)
+        start = _ConjugateGradients(
+            step=optax.tree.zeros_like(gradient),
+            residual=gradient,
+            direction=optax.tree.scale(-1.0, preconditioned),
+            rho=rho,
+            iterations=jnp.zeros((), jnp.int32),
+            stop=jnp.where(jnp.isfinite(rho), stop, Stop.NOT_FINITE),
+        )
+        goes_on = lambda state: (state.stop == Stop.MAX_ITER) & (state.iterations < max_iter)  # noqa: E731
+        end = jax.lax.while_loop(goes_on, advance, start)
+        # With r = g + B s the model is g's + s'(r - g)/2.
+        decrease = -0.5 * optax.tree.vdot(end.step, optax.tree.add(gradient, end.residual))
+        return ModelStep(end.step, jnp.asarray(decrease), end.iterations, end.stop)
+
+    return solve
+
+
+class _ConjugateGradients(NamedTuple):
+    step: PyTree
+    residual: PyTree
+    direction: PyTree
+    rho: jax.Array  # of the residual's squared norm
+    iterations: jax.Array
+    stop: jax.Array
+
+
+def _distance_to_boundary(metric: Metric, s: PyTree, p: PyTree, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the τ ≥ 0 with ‖s + τ p‖ = Δ, for s within and ⟨s, p⟩ ≥ 0; and whether p has a positive norm."""
+    scaled = metric.apply(p)
+    a, b = jnp.asarray(optax.tree.vdot(p, scaled)), jnp.asarray(optax.tree.vdot(s, scaled))
+    c = jnp.maximum(radius**2 - optax.tree.vdot(s, metric.apply(s)), 0.0)
+    return c / (b + jnp.sqrt(b**2 + a * c)), a > 0
+
+
+def lanczos(max_iter: int = 10) -> Solver:
+    r"""The trust region model's global minimiser in a Krylov space that holds its negative curvature.
+
+    Minimises :math:`m(s) = g^\top s + \tfrac12 s^\top B s` subject to :math:`\|s\|_M \le \Delta` over the space
+    spanned by two Krylov sequences of :math:`M^{-1} B`, one from the gradient, as in GLTR (Gould, Lucidi, Roma and
+    Toint 1999), and one from a random vector. The step decreases the model at least as much as the Cauchy point and, as
+    the second sequence finds the lowest eigenvalue, as the eigenpoint: Assumption 2 of "Adaptive norms for deep
+    learning with regularized Newton methods", which Steihaug's solver does not meet. It leaves a strict saddle even
+    where the gradient is zero.
+
+    All `max_iter` products are taken, unless the space is exhausted before, and as many vectors are kept.
+
+    Args:
+      max_iter: products, and dimension of the space, at least 2.
+
+    Returns:
+      The solver, for `optcurv.trust_region`.
+
+    Raises:
+      ValueError: if `max_iter` is below 2.
+      TypeError: if `max_iter` is not a Python int.
+
+    Example:
+      A saddle, with no gradient along its way down:
+
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> ball = optcurv.Metric(apply=lambda v: v, inverse=lambda v: v)
+      >>> solve = optcurv.lanczos(max_iter=2)
+      >>> g = jnp.array([1.0, 0.0])
+      >>> found = solve(lambda v: jnp.array([1.0, -1.0]) * v, g, ball, jnp.array(1.0), jax.random.key(0))
+      >>> print(found.predicted_decrease, optcurv.Stop(int(found.stop)).name)
+      0.75 NEGATIVE_CURVATURE
+    """
+    _check_two_sequences(max_iter)
+
+    def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
+        space = _krylov_space(matvec, gradient, metric, max_iter, key)
+        minimizer = minimize_in_ball(space.operator, space.gradient, radius)
+        at_boundary = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.BOUNDARY)
+        stop = jnp.where(minimizer.multiplier > 0, at_boundary, Stop.CONVERGED)
+        return _step_in_space(space, minimizer, stop, regularization=0.0)
+
+    return solve
+
+
+def cubic_lanczos(max_iter: int = 10) -> Solver:
+    r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `lanczos`.
+
+    σ stands in the place of the radius, and the predicted decrease is that of the cubic model.
+
+    Args:
+      max_iter: products, and dimension of the space, at least 2.
+
+    Returns:
+      The solver.
+
+    Raises:
+      ValueError: if `max_iter` is below 2.
+      TypeError: if `max_iter` is not a Python int.
+    """
+    _check_two_sequences(max_iter)
+
+    def solve(matvec: MatVec, gradient: PyTree, metric: Metric, weight: jax.Array, key: jax.Array) -> ModelStep:
+        space = _krylov_space(matvec, gradient, metric, max_iter, key)
+        minimizer = minimize_cubic(space.operator, space.gradient, weight)
+        stop = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.CONVERGED)
+        cubic_term = weight / 3 * jnp.linalg.norm(minimizer.point) ** 3
+        return _step_in_space(space, minimizer, stop, cubic_term)
+
+    return solve
+
+
+def _check_two_sequences(max_iter: int) -> None:
+    check_count("max_iter", max_iter)
+    if max_iter < 2:
+        raise ValueError(f"max_iter must be at least 2, for the gradient and a random vector, got {max_iter}.")
+
+
+class _KrylovSpace(NamedTuple):
+    """An M-orthonormal basis Q, leaves of shape (k, ...), zero beyond `size` rows, with Q'BQ and Q'g."""
+
+    basis: PyTree
+    operator: jax.Array
+    gradient: jax.Array
+    size: jax.Array
+    products: jax.Array
+    least_square: jax.Array  # of the squared norms met: negative if M is not positive definite
+
+
+def _krylov_space(matvec: MatVec, gradient: PyTree, metric: Metric, dimension: int, key: jax.Array) -> _KrylovSpace:
+    """Band Lanczos from M⁻¹g and a random vector, each new vector orthogonalised against all before.
+
+    A vector that adds nothing ends its sequence. Between them the two then hold the global minimiser: the first what
+    solves (B + λM) s = -g, the second a lowest eigenvector.
+    """
+
+    def append(space: _KrylovSpace, dual: PyTree) -> _KrylovSpace:
+        vector, is_new, square = _orthonormalized(metric, space.basis, dual)
+        basis = jax.tree.map(lambda q, v: q.at[space.size].set(v, mode="drop"), space.basis, vector)
+        size = jnp.minimum(space.size + is_new, dimension)
+        return space._replace(basis=basis, size=size, least_square=jnp.minimum(space.least_square, square))
+
+    def expand(space: _KrylovSpace) -> _KrylovSpace:
+        product = matvec(jax.tree.map(lambda q: q[space.products], space.basis))
+        operator = space.operator.at[:, space.products].set(_coordinates(space.basis, product))
+        return append(space._replace(operator=operator, products=space.products + 1), product)
+
+    basis = jax.tree.map(lambda leaf: jnp.zeros((dimension, *leaf.shape), leaf.dtype), gradient)
+    coordinates = _coordinates(basis, gradient)
+    nothing = jnp.zeros((), jnp.int32)
+    operator = jnp.zeros((dimension, dimension), coordinates.dtype)
+    space = _KrylovSpace(basis, operator, coordinates, nothing, nothing, jnp.zeros((), coordinates.dtype))
+    starts = jax.tree.map(
+        lambda *pair: jnp.stack(pair), gradient, optax.tree.random_like(key, gradient, jax.random.normal)
+    )
+    space, _ = jax.lax.scan(lambda space, dual: (append(space, dual), None), space, starts)
+    space = jax.lax.while_loop(lambda space: space.products < space.size, expand, space)
+    upper = jnp.triu(space.operator)  # a column was computed before the rows below its diagonal
+    return space._replace(operator=upper + jnp.triu(upper, 1).T, gradient=_coordinates(space.basis, gradient))
+
+
+def _orthonormalized(metric: Metric, basis: PyTree, dual: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
+    """Returns M⁻¹ times a vector made M-orthonormal to a basis, whether it is new to it, and its squared norm."""
+    vector = metric.inverse(dual)
+    square = jnp.asarray(optax.tree.vdot(dual, vector))
+    vector = optax.tree.sub(vector, _combination(_coordinates(basis, dual), basis))
+    # Once more: the first pass leaves rounding in proportion to what it removed.
+    vector = optax.tree.sub(vector, _combination(_coordinates(basis, metric.apply(vector)), basis))
+    rest = jnp.asarray(optax.tree.vdot(vector, metric.apply(vector)))
+    is_new = rest > (100 * jnp.finfo(rest.dtype).eps) ** 2 * square
+    scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, rest, 1.0)), 0.0)
+    return optax.tree.where(is_new, optax.tree.scale(scale, vector), optax.tree.zeros_like(vector)), is_new, square
+
+
+def _coordinates(basis: PyTree, dual: PyTree) -> jax.Array:
+    """Returns the inner products of a vector with every row of a basis."""
+    products = jax.tree.map(lambda q, v: jnp.tensordot(q, v, axes=v.ndim, precision="highest"), basis, dual)
+    return functools.reduce(jnp.add, jax.tree.leaves(products))
+
+
+def _combination(coefficients: jax.Array, basis: PyTree) -> PyTree:
+    return jax.tree.map(lambda q: jnp.tensordot(coefficients, q, axes=1, precision="highest"), basis)
+
+
+def _step_in_space(
+    space: _KrylovSpace, minimizer: Minimizer, stop: jax.Array, regularization: jax.Array | float
+) -> ModelStep:
+    """Returns to the parameters' space."""
+    h = minimizer.point
+    quadratic = jnp.vdot(h, space.gradient + 0.5 * jnp.matmul(space.operator, h, precision="highest"))
+    stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_SHAPE)
+    stop = jnp.where(jnp.isfinite(quadratic), stop, Stop.NOT_FINITE)
+    return ModelStep(_combination(h, space.basis), -quadratic - regularization, space.products, stop)

@@ -20,6 +20,7 @@ class Case:
       static: those that `optax.inject_hyperparams` must not trace.
       needs_composite: whether a plain closure is refused.
       curvature: whether `curvature_fn` changes the step.
+      moves_without_gradient: whether negative curvature moves it where the gradient is zero.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     static: tuple[str, ...] = ()
     needs_composite: bool = False
     curvature: bool = False
+    moves_without_gradient: bool = False
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.options)
@@ -41,6 +43,18 @@ def edf_case(name: str, krylov_dim: int, *, needs_composite: bool = True, **opti
         static=("krylov_dim", "curvature", "acceleration"),
         needs_composite=needs_composite,
         curvature=True,
+    )
+
+
+def trust_region_case(name: str, *, needs_composite: bool = False, **options: Any) -> Case:
+    return Case(
+        name=name,
+        factory=optcurv.trust_region,
+        options={"initial_radius": 0.3, **options},
+        static=("shape", "solver", "curvature", "seed"),
+        needs_composite=needs_composite,
+        curvature=True,
+        moves_without_gradient="lanczos" in name,
     )
 
 
@@ -58,4 +72,23 @@ CASES = [
     Case("pal", optcurv.pal, static=("exact_slope",)),
     Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}),
     Case("adam-parabolic-linesearch", adam_with_linesearch),
+    trust_region_case("trust-region"),
+    trust_region_case("trust-region-uniform-lanczos", shape=optcurv.uniform_shape(), solver=optcurv.lanczos(6)),
+    trust_region_case(
+        "trust-region-adagrad-gauss-newton",
+        shape=optcurv.adagrad_shape(),
+        curvature=optcurv.gauss_newton_product,
+        needs_composite=True,
+    ),
+    trust_region_case(
+        "trust-region-full-matrix", shape=optcurv.full_matrix_shape(decay=0.8, eps=1e-2), initial_radius=1.0
+    ),
+    Case(
+        "adaptive-cubic",
+        optcurv.adaptive_cubic,
+        {"shape": optcurv.uniform_shape(), "max_iter": 6},
+        static=("shape", "max_iter", "curvature", "seed"),
+        curvature=True,
+        moves_without_gradient=True,
+    ),
 ]

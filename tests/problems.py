@@ -52,6 +52,21 @@ def network(params, x):
     return scale * (jnp.tanh(x.astype(kernel.dtype) @ kernel + bias) @ head)
 
 
+def regression_params():
+    """Returns the leaves of a softmax regression, for laws that compile much and need no hidden layer."""
+    return {"bias": jnp.zeros(3), "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) * 0.5)}
+
+
+def regression_loss(batch):
+    """The mean cross-entropy of a softmax regression on a batch, as a composite."""
+
+    def model_fn(params):
+        bias, kernel = jax.tree.leaves(params)
+        return batch.x @ kernel + bias
+
+    return optcurv.Composite(model_fn, lambda logits: cross_entropy(logits, batch.y))
+
+
 def cross_entropy(logits, labels):
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))

@@ -10,10 +10,10 @@ import pytest
 import optcurv
 
 FLOORS = [
-    {"arguments"},
+    {"arguments", "jaxpr"},
     {"curvature", "quadratic"},
-    {"krylov"},
-    {"edf", "pal", "masking", "diagnostics"},
+    {"krylov", "shapes"},
+    {"edf", "pal", "trust_region", "surface", "masking", "diagnostics"},
     {"__init__"},
 ]
 PACKAGE = pathlib.Path(optcurv.__file__).parent

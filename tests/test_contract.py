@@ -19,7 +19,16 @@ from tests import problems
 from tests.cases import CASES
 from tests.wrappers import WRAPPERS
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+def cases_where(holds):
+    """All laws of a case run in one process, where they share what is compiled."""
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES if holds(case)],
+    )
+
+
+every_case = cases_where(lambda case: True)
 
 
 def make_step(optimizer, loss_of_batch=problems.network_loss):
@@ -53,10 +62,30 @@ def assert_finite(tree):
 
 
 @functools.cache
+def jitted_step(case):
+    return jax.jit(make_step(case.make()))
+
+
+@functools.cache
 def reference(case):
     """The parameters and state after four jitted steps on the network."""
-    optimizer, params = case.make(), problems.network_params()
-    return train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 4)
+    params = problems.network_params()
+    return train(jitted_step(case), params, case.make().init(params), 4)
+
+
+@functools.cache
+def regression_reference(case):
+    """The same for the softmax regression."""
+    optimizer, params = case.make(), problems.regression_params()
+    return train(jax.jit(make_step(optimizer, problems.regression_loss)), params, optimizer.init(params), 4)
+
+
+def update_on(optimizer, params, loss, **extra_args):
+    """The first updates of an optimiser, in one compiled program: not jitted, a loop compiles anew at every call."""
+    update = lambda params: optimizer.update(  # noqa: E731
+        jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss, **extra_args
+    )
+    return jax.jit(update)(params)[0]
 
 
 # Learning.
@@ -73,8 +102,8 @@ def test_converges_on_an_ill_conditioned_quadratic(case):
 
 @every_case
 def test_learns_to_classify(case):
-    optimizer, params = case.make(), problems.network_params()
-    params, _ = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 60)
+    params = problems.network_params()
+    params, _ = train(jitted_step(case), params, case.make().init(params), 60)
     test = problems.blobs(seed=1000, size=300)
     assert problems.network_loss(test)(params) < 0.45  # 1.1 is chance
     assert jnp.mean(jnp.argmax(problems.network(params, test.x), axis=1) == test.y) > 0.8
@@ -86,7 +115,10 @@ def test_learns_to_classify(case):
 @every_case
 def test_jit_equals_no_jit(case):
     optimizer, params = case.make(), problems.network_params()
-    assert_same(train(make_step(optimizer), params, optimizer.init(params), 4), reference(case))
+    assert_same(
+        train(make_step(optimizer), params, optimizer.init(params), 2),
+        train(jitted_step(case), params, optimizer.init(params), 2),
+    )
 
 
 @every_case
@@ -116,9 +148,8 @@ def test_vmap_over_seeds_equals_the_loop_over_seeds(case):
     step = make_step(optimizer)
     batched = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
     together, _ = train(batched, stacked, jax.vmap(optimizer.init)(stacked), 3)
-    jitted = jax.jit(step)
     for seed, params in enumerate(several):
-        alone, _ = train(jitted, params, optimizer.init(params), 3)
+        alone, _ = train(jitted_step(case), params, optimizer.init(params), 3)
         assert_same(jax.tree.map(lambda leaf, seed=seed: leaf[seed], together), alone, rtol=1e-3)
 
 
@@ -216,7 +247,7 @@ def test_any_structure_takes_the_same_path(case, build):
 def test_scalar_parameters(case, params):
     loss = optcurv.Composite(lambda p: 2.0 * (jax.tree.leaves(p)[0] - 1.0), lambda residual: 0.5 * residual**2)
     optimizer = case.make()
-    new_params, _ = train(make_step(optimizer, lambda _: loss), params, optimizer.init(params), 3)
+    new_params, _ = train(jax.jit(make_step(optimizer, lambda _: loss)), params, optimizer.init(params), 3)
     assert loss(new_params) < loss(params)
 
 
@@ -237,9 +268,8 @@ def test_sharded_batch_takes_the_same_path(case):
 
 @every_case
 def test_checkpoint_continues_bit_for_bit(case, tmp_path):
-    optimizer, params = case.make(), problems.network_params()
-    step = jax.jit(make_step(optimizer))
-    halfway = train(step, params, optimizer.init(params), 2)
+    step, params = jitted_step(case), problems.network_params()
+    halfway = train(step, params, case.make().init(params), 2)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "halfway", halfway)
         checkpointer.wait_until_finished()
@@ -253,8 +283,8 @@ def test_checkpoint_continues_bit_for_bit(case, tmp_path):
 @every_case
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.name)
 def test_wrappers_do_what_the_table_says(case, wrapper):
-    optimizer, params = wrapper.wrap(case), problems.network_params()
-    step = jax.jit(make_step(optimizer))
+    optimizer, params = wrapper.wrap(case), problems.regression_params()
+    step = jax.jit(make_step(optimizer, problems.regression_loss))
     if wrapper.error is not None:
         with pytest.raises(wrapper.error, match=wrapper.message):
             step(params, optimizer.init(params), problems.blobs())
@@ -262,10 +292,10 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
     final, state = train(step, params, optimizer.init(params), 4)
     assert optcurv.diagnostics(state)
     if wrapper.holds == "same":
-        assert_same(final, reference(case)[0])
+        assert_same(final, regression_reference(case)[0])
     else:
         final, _ = train(step, params, optimizer.init(params), 40)
-        test = problems.network_loss(problems.blobs(seed=1000))
+        test = problems.regression_loss(problems.blobs(seed=1000))
         assert test(final) < 0.9 * test(params)
 
 
@@ -279,11 +309,11 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
     ids=["backtracking", "zoom"],
 )
 def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
-    optimizer, params = optax.chain(case.make(), search()), problems.network_params()
+    optimizer, params = optax.chain(case.make(), search()), problems.regression_params()
 
     @jax.jit
     def step(params, state):
-        loss = problems.network_loss(problems.blobs())
+        loss = problems.regression_loss(problems.blobs())
         value, grad = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_fn=loss)
         return optax.apply_updates(params, updates), state, value
@@ -300,31 +330,34 @@ def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
 def test_stored_value_and_gradient_of_a_line_search_are_found_in_the_chain(case):
     """`optax.value_and_grad_from_state` looks fields up by name: none of our states may use `value` or `grad`."""
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True)
-    optimizer, params = optax.chain(case.make(), search), problems.network_params()
-    loss, state = problems.network_loss(problems.blobs()), optimizer.init(params)
+    optimizer, params = optax.chain(case.make(), search), problems.regression_params()
+    loss, state = problems.regression_loss(problems.blobs()), optimizer.init(params)
     value_and_grad = optax.value_and_grad_from_state(loss)
-    for _ in range(2):
+
+    @jax.jit
+    def step(params, state):
         value, grad = value_and_grad(params, state=state)
         updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        params, state = step(params, state)
     np.testing.assert_allclose(value_and_grad(params, state=state)[0], loss(params), rtol=1e-5)
 
 
-@every_case
+@cases_where(lambda case: not case.moves_without_gradient)
 def test_works_on_the_updates_it_is_handed(case):
     """With the incoming updates zero nothing moves, whatever the loss's own gradient is."""
     optimizer, params = optax.chain(optax.set_to_zero(), case.make()), problems.network_params()
-    new_params, _ = make_step(optimizer)(params, optimizer.init(params), problems.blobs())
+    new_params, _ = jax.jit(make_step(optimizer))(params, optimizer.init(params), problems.blobs())
     jax.tree.map(np.testing.assert_array_equal, new_params, params)
 
 
 @every_case
 def test_value_and_grad_only_save_work(case):
     optimizer, params, batch = case.make(), problems.network_params(), problems.blobs()
-    loss = problems.network_loss(batch)
-    grad = jax.grad(loss)(params)
-    bare, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
-    full, _ = make_step(optimizer)(params, optimizer.init(params), batch)
+    bare = update_on(optimizer, params, problems.network_loss(batch))
+    full, _ = jitted_step(case)(params, optimizer.init(params), batch)
     assert_same(optax.apply_updates(params, bare), full, rtol=1e-6)
 
 
@@ -332,19 +365,18 @@ def test_value_and_grad_only_save_work(case):
 def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
     optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
     with_aux = optcurv.Composite(lambda p: (loss.model_fn(p), "aux"), loss.loss_fn, has_aux=True)
-    grad = jax.grad(loss)(params)
-    bare, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
-    other, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=with_aux, somebody_elses=1.0)
-    jax.tree.map(np.testing.assert_array_equal, bare, other)
+    bare = update_on(optimizer, params, loss)
+    update = lambda p: optimizer.update(  # noqa: E731
+        jax.grad(loss)(p), optimizer.init(p), p, value_fn=with_aux, somebody_elses=1.0
+    )
+    jax.tree.map(np.testing.assert_array_equal, bare, jax.jit(update)(params)[0])
 
 
 @every_case
 def test_curvature_closure_matters_only_to_curvature_methods(case):
     optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
     double = optcurv.Composite(loss.model_fn, lambda outputs: 2 * loss.loss_fn(outputs))
-    grad = jax.grad(loss)(params)
-    plain, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss)
-    other, _ = optimizer.update(grad, optimizer.init(params), params, value_fn=loss, curvature_fn=double)
+    plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_fn=double)
     assert np.allclose(ravel_pytree(plain)[0], ravel_pytree(other)[0]) != case.curvature
 
 
@@ -412,7 +444,7 @@ def test_loss_that_is_no_scalar(case):
         optimizer.update(params, optimizer.init(params), params, value_fn=per_example)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.needs_composite], ids=lambda case: case.name)
+@cases_where(lambda case: case.needs_composite)
 def test_plain_closure_where_a_composite_is_needed(case):
     optimizer, params = case.make(), problems.network_params()
     loss = problems.network_loss(problems.blobs())
@@ -420,7 +452,7 @@ def test_plain_closure_where_a_composite_is_needed(case):
         optimizer.update(params, optimizer.init(params), params, value_fn=lambda p: loss(p))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.needs_composite], ids=lambda case: case.name)
+@cases_where(lambda case: not case.needs_composite)
 def test_plain_closure_where_it_is_enough(case):
     optimizer, params = case.make(), problems.network_params()
     plain = lambda batch: lambda p: problems.network_loss(batch)(p)  # noqa: E731

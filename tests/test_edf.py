@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import optcurv
 from tests import problems
+from tests.references import dense_curvature
 
 CURVATURES = [optcurv.gauss_newton_product, optcurv.hessian_product]
 
@@ -26,16 +27,6 @@ def run(optimizer, params, loss, num_steps):
         params, state = step(params, state)
         path.append(params)
     return path, state
-
-
-def dense_curvature(curvature, loss, params):
-    """The same matrix from `jax.jacobian` and `jax.hessian` alone."""
-    flat, unravel = ravel_pytree(params)
-    if curvature is optcurv.hessian_product:
-        return np.asarray(jax.jit(jax.hessian(lambda w: loss(unravel(w))))(flat))
-    outputs, unravel_outputs = ravel_pytree(loss.model_fn(params))
-    jacobian = jax.jit(jax.jacobian(lambda w: ravel_pytree(loss.model_fn(unravel(w)))[0]))(flat)
-    return np.asarray(jacobian.T @ jax.hessian(lambda out: loss.loss_fn(unravel_outputs(out)))(outputs) @ jacobian)
 
 
 @pytest.mark.parametrize("krylov_dim", [1, 2, 5])

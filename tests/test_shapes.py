@@ -1,0 +1,142 @@
+"""Shapes against dense matrices, and Lemma 1 of the paper they are from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.linalg
+from jax.flatten_util import ravel_pytree
+
+import optcurv
+
+EPS = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(steps=5):
+    rng = np.random.default_rng(0)
+    return [{"a": jnp.asarray(rng.normal(size=(2, 3))), "b": jnp.asarray(rng.normal())} for _ in range(steps)]
+
+
+def outer_products(vectors):
+    return [np.outer(v, v) for v in vectors]
+
+
+def discounted(matrices, decay=0.8):
+    return sum((1 - decay) * decay ** (len(matrices) - 1 - t) * m for t, m in enumerate(matrices))
+
+
+def root_of_diagonal(matrix):
+    return np.diag(np.sqrt(np.diag(matrix)))
+
+
+SHAPES = {
+    "uniform": (optcurv.uniform_shape(), lambda g: np.eye(7)),
+    "adagrad": (optcurv.adagrad_shape(EPS), lambda g: root_of_diagonal(sum(outer_products(g)) + EPS * np.eye(7))),
+    "rmsprop": (
+        optcurv.rmsprop_shape(0.8, EPS),
+        lambda g: root_of_diagonal(discounted(outer_products(g)) + EPS * np.eye(7)),
+    ),
+    "rmsprop-as-printed": (
+        optcurv.rmsprop_shape(0.8, EPS, power=1.0),
+        lambda g: np.diag(np.diag(discounted(outer_products(g)) + EPS * np.eye(7))),
+    ),
+    "full-adagrad": (
+        optcurv.full_matrix_shape(eps=EPS),
+        lambda g: scipy.linalg.sqrtm(sum(outer_products(g)) + EPS * np.eye(7)),
+    ),
+    "full-rmsprop": (
+        optcurv.full_matrix_shape(decay=0.8, eps=EPS),
+        lambda g: scipy.linalg.sqrtm(discounted(outer_products(g)) + EPS * np.eye(7)),
+    ),
+}
+every_shape = pytest.mark.parametrize(("shape", "dense"), SHAPES.values(), ids=SHAPES.keys())
+
+
+@every_shape
+def test_shape_equals_its_dense_matrix(shape, dense):
+    state = shape.init(gradients()[0])
+    for gradient in gradients():
+        state = shape.update(state, gradient)
+    matrix = dense([ravel_pytree(gradient)[0] for gradient in gradients()])
+    vector = gradients(6)[-1]
+    flat, _ = ravel_pytree(vector)
+    applied, solved = shape.apply(state, vector), shape.inverse(state, vector)
+    assert jax.tree.structure(applied) == jax.tree.structure(vector)
+    np.testing.assert_allclose(ravel_pytree(applied)[0], matrix @ flat, rtol=1e-9)
+    np.testing.assert_allclose(ravel_pytree(solved)[0], np.linalg.solve(matrix, flat), rtol=1e-9)
+
+
+@every_shape
+def test_lemma_1(shape, dense):
+    """-η M⁻¹ g minimises the linear model on the ellipsoid ‖s‖_M ≤ η ‖g‖_{M⁻¹} (Theorem and Corollary 1)."""
+    gradient = gradients()[0]
+    flat, _ = ravel_pytree(gradient)
+    state, eta = shape.update(shape.init(gradient), gradient), 0.3
+    step, _ = ravel_pytree(optax.tree.scale(-eta, shape.inverse(state, gradient)))
+    matrix = dense([flat])
+    radius = eta * np.sqrt(flat @ np.linalg.solve(matrix, flat))
+    np.testing.assert_allclose(np.sqrt(step @ matrix @ step), radius, rtol=1e-9)
+    others = np.random.default_rng(1).normal(size=(1000, 7))
+    others *= radius / np.sqrt(np.einsum("ni,ij,nj->n", others, matrix, others))[:, None]
+    assert np.all(others @ flat >= step @ flat)
+
+
+@pytest.mark.parametrize(
+    ("shape", "first_order"),
+    [
+        (optcurv.rmsprop_shape(decay=0.8, eps=EPS), optax.scale_by_rms(decay=0.8, eps=EPS)),
+        (optcurv.adagrad_shape(eps=EPS), optax.scale_by_rss(initial_accumulator_value=0.0, eps=EPS)),
+        (optcurv.uniform_shape(), optax.identity()),
+    ],
+    ids=["rmsprop", "adagrad", "uniform"],
+)
+def test_trust_region_of_a_linear_model_is_the_first_order_method(shape, first_order):
+    """With B = 0 the step points where optax's RMSProp, Adagrad or SGD would go."""
+    params = gradients()[0]
+    flat_model = lambda loss, params: optax.tree.zeros_like  # noqa: E731
+    optimizer = optcurv.trust_region(shape=shape, curvature=flat_model)
+    state, first_order_state = optimizer.init(params), first_order.init(params)
+    for gradient in gradients():
+        loss = lambda p, gradient=gradient: optax.tree.vdot(p, gradient)  # noqa: E731
+        step, state = optimizer.update(gradient, state, params, value_fn=loss)
+        expected, first_order_state = first_order.update(gradient, first_order_state)
+        step, expected = ravel_pytree(step)[0], -ravel_pytree(expected)[0]
+        np.testing.assert_allclose(step / np.linalg.norm(step), expected / np.linalg.norm(expected), atol=1e-12)
+
+
+def test_epsilon_does_not_decay():
+    """Lemma 2: the axes stay bounded however long the gradient is zero."""
+    shape = optcurv.rmsprop_shape(eps=1e-6)
+    state, zero = shape.init(jnp.zeros(2)), jnp.zeros(2)
+    for _ in range(50):
+        state = shape.update(state, zero)
+    np.testing.assert_allclose(shape.inverse(state, jnp.ones(2)), 1e3)
+
+
+def test_size_limit_of_the_full_matrix_names_the_size():
+    with pytest.raises(ValueError, match=r"2049×2049.*max_size of 2048.*rmsprop_shape"):
+        optcurv.full_matrix_shape().init(jnp.zeros(2049))
+    optcurv.full_matrix_shape(max_size=2).init(jnp.zeros(2))
+
+
+@pytest.mark.parametrize("make", [optcurv.adagrad_shape, optcurv.rmsprop_shape, optcurv.full_matrix_shape])
+@pytest.mark.parametrize("bad", [{"eps": 0.0}, {"eps": -1.0}, {"power": 0.0}, {"eps": float("nan")}])
+def test_bad_numbers(make, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        make(**bad)
+
+
+def test_bad_decay_and_size():
+    with pytest.raises(ValueError, match="decay"):
+        optcurv.rmsprop_shape(decay=1.5)
+    with pytest.raises(ValueError, match="decay"):
+        optcurv.full_matrix_shape(decay=-0.1)
+    with pytest.raises(TypeError, match="max_size"):
+        optcurv.full_matrix_shape(max_size=10.0)

@@ -1,0 +1,253 @@
+"""The trust region and its cubic sibling against a plain transcription of the algorithms, and on saddles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import optcurv
+from optcurv import Stop
+from tests import problems
+from tests.references import dense_curvature, dense_steihaug
+
+SADDLE = jnp.diag(jnp.array([2.0, 1.0, -0.5]))
+
+
+def step_on(optimizer, loss):
+    """One jitted step on a loss of the parameters alone."""
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def saddle(params):
+    """A strict saddle at 0, bounded from below."""
+    return params @ SADDLE @ params / 2 + jnp.sum(params**4)
+
+
+# The algorithm.
+
+
+def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
+    """Algorithm 1 on dense matrices; yields parameters, ratio and radius of every step."""
+    flat, unravel = ravel_pytree(params)
+    w, radius, average = np.asarray(flat), 1.0, np.zeros(flat.size)
+    value = jax.jit(lambda w: loss(unravel(w)))
+    gradient = jax.jit(jax.grad(value))
+    for _ in range(num_steps):
+        g, b = np.asarray(gradient(w)), dense_curvature(curvature, loss, unravel(jnp.asarray(w)))
+        average = 0.8 * average + 0.2 * g**2
+        s, _, _ = dense_steihaug(b, g, ellipsoid(average), radius)
+        ratio = float(value(w) - value(w + s)) / -(g @ s + s @ b @ s / 2)
+        yield w, ratio, radius
+        w = w + s if ratio >= 0.6 else w
+        radius = min(1.3 * radius, 4.0) if ratio >= 0.9 else radius if ratio >= 0.6 else radius / 2.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "ellipsoid"),
+    [
+        (optcurv.uniform_shape(), lambda average: np.eye(average.size)),
+        (optcurv.rmsprop_shape(eps=1e-4), lambda average: np.diag(np.sqrt(average + 1e-4))),
+    ],
+    ids=["uniform", "rmsprop"],
+)
+@pytest.mark.parametrize("curvature", [optcurv.hessian_product, optcurv.gauss_newton_product])
+def test_path_equals_algorithm_1_on_dense_matrices(shape, ellipsoid, curvature):
+    with jax.enable_x64(True):
+        params = problems.network_params(dtype=jnp.float64)
+        loss = problems.network_loss(problems.blobs(dtype=jnp.float64))
+        options = {"initial_radius": 1.0, "max_radius": 4.0, "accept_ratio": 0.6, "grow_ratio": 0.9}
+        optimizer = optcurv.trust_region(shape=shape, curvature=curvature, growth=1.3, shrinkage=2.5, **options)
+        step, state, decisions = step_on(optimizer, loss), optimizer.init(params), set()
+        for w, ratio, radius in dense_trust_region(loss, params, curvature, ellipsoid, 12):
+            np.testing.assert_allclose(ravel_pytree(params)[0], w, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(state.size, radius, rtol=1e-12)
+            params, state = step(params, state)
+            np.testing.assert_allclose(state.info.ratio, ratio, rtol=1e-5)
+            decisions.add((bool(state.info.accepted), bool(ratio >= 0.9)))
+        assert len(decisions) > 1  # more than one of the rule's branches was taken
+
+
+def loss_of_ratio(ratio):
+    """Returns a loss whose decrease from w = 1 is `ratio` of what its gradient and B = 0 predict."""
+    return lambda w: jnp.where(w == 1.0, w, 1.0 + ratio * (w - 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "accepted", "radius"),
+    [(0.99, True, 0.6), (0.5, True, 0.5), (0.05, False, 0.25), (-1.0, False, 0.25), (np.nan, False, 0.25)],
+)
+def test_radius_rule(ratio, accepted, radius):
+    rule = {"initial_radius": 0.5, "accept_ratio": 0.1, "grow_ratio": 0.9, "growth": 1.2, "shrinkage": 2.0}
+    flat = lambda loss, params: jnp.zeros_like  # noqa: E731
+    optimizer = optcurv.trust_region(shape=optcurv.uniform_shape(), curvature=flat, **rule)
+    w = jnp.asarray(1.0)
+    state = optimizer.init(w)
+    update, new = optimizer.update(jnp.ones(()), state, w, value=w, value_fn=loss_of_ratio(ratio))
+    assert bool(new.info.accepted) == accepted
+    np.testing.assert_allclose(update, -0.5 if accepted else 0.0)
+    np.testing.assert_allclose(new.size, radius, rtol=1e-6)
+    np.testing.assert_allclose(new.info.predicted_decrease, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(new.info.actual_decrease, 0.5 * ratio, rtol=1e-5)
+    assert new.info.radius == 0.5
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(1.5, 2.0), (0.5, 4.0), (-1.0, 12.0), (np.nan, 12.0)])
+def test_weight_rule_of_the_cubic(ratio, weight):
+    optimizer = optcurv.adaptive_cubic(
+        shape=optcurv.uniform_shape(),
+        curvature=lambda loss, params: jnp.zeros_like,
+        initial_weight=4.0,
+        shrinkage=2.0,
+        growth=3.0,
+    )
+    w = jnp.asarray(1.0)
+    update, new = optimizer.update(jnp.ones(()), optimizer.init(w), w, value=w, value_fn=loss_of_ratio(ratio))
+    # s - 4/3 |s|³ is least at s = -1/2, and falls short of the linear decrease by a third.
+    np.testing.assert_allclose(update, -0.5 if ratio > 0 else 0.0, rtol=1e-6)
+    np.testing.assert_allclose(new.info.predicted_decrease, 1 / 3, rtol=1e-5)
+    np.testing.assert_allclose(new.size, weight, rtol=1e-6)
+
+
+def test_radius_keeps_below_its_maximum_and_numbers_may_be_schedules():
+    optimizer = optcurv.trust_region(
+        initial_radius=1.0, max_radius=lambda count: 5.0 - count, growth=optax.constant_schedule(3.0)
+    )
+    w = jnp.ones(2)
+    step, state = step_on(optimizer, lambda w: w @ w), optimizer.init(w)
+    sizes = []
+    for _ in range(4):
+        w, state = step(w, state)
+        sizes.append(float(state.size))
+    np.testing.assert_allclose(sizes, [3.0, 4.0, 3.0, 2.0])
+
+
+def test_loss_is_evaluated_once_beyond_the_products():
+    calls = []
+
+    def loss(w):
+        calls.append(1)
+        return jnp.sum(w**2)
+
+    w = jnp.ones(3)
+    product = lambda value_fn, params: lambda v: 2 * v  # noqa: E731
+    optimizer = optcurv.trust_region(curvature=product)
+    optimizer.update(2 * w, optimizer.init(w), w, value=3.0, value_fn=loss)
+    assert len(calls) == 1
+
+
+# Saddles.
+
+
+def test_from_a_strict_saddle_lanczos_escapes_and_steihaug_stays():
+    start = jnp.zeros(3)
+    for optimizer, escapes in (
+        (optcurv.trust_region(), False),
+        (optcurv.trust_region(solver=optcurv.lanczos(3)), True),
+        (optcurv.adaptive_cubic(shape=optcurv.uniform_shape(), max_iter=3), True),
+    ):
+        step, w, state = step_on(optimizer, saddle), start, optimizer.init(start)
+        for _ in range(60):
+            w, state = step(w, state)
+        if escapes:
+            np.testing.assert_allclose(np.abs(w), [0, 0, np.sqrt(1 / 8)], atol=2e-3)  # the minimum: -w/2 + 4 w³ = 0
+        else:
+            np.testing.assert_array_equal(w, start)
+            assert state.info.iterations == 0
+
+
+def test_random_vectors_come_from_the_seed_and_the_step():
+    def maximum(w):
+        """As steep in every direction, so that the random vector alone decides."""
+        return -w @ w
+
+    def first_updates(seed):
+        optimizer = optcurv.trust_region(shape=optcurv.uniform_shape(), solver=optcurv.lanczos(3), seed=seed)
+        w = jnp.zeros(3)
+        update = jax.jit(lambda state: optimizer.update(w, state, w, value_fn=maximum))
+        updates, state = update(optimizer.init(w))
+        return updates, update(state)[0]
+
+    update, again = first_updates(0)
+    assert np.any(update != 0)
+    np.testing.assert_array_equal(update, first_updates(0)[0])
+    assert not np.allclose(np.abs(update), np.abs(first_updates(1)[0]))
+    assert not np.allclose(np.abs(update), np.abs(again))
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("make", [optcurv.trust_region, optcurv.adaptive_cubic])
+def test_nothing_changes_where_the_loss_is_not_finite_to_begin_with(make):
+    optimizer, w = make(), jnp.ones(3)
+    state = optimizer.init(w)
+    for value, gradient in ((np.nan, w), (1.0, w * np.inf), (1.0, w * 1e30)):
+        update, new = optimizer.update(gradient, state, w, value=value, value_fn=lambda w: jnp.sum(w**2))
+        np.testing.assert_array_equal(update, 0)
+        assert not new.info.accepted
+        jax.tree.map(np.testing.assert_array_equal, (new.size, new.shape), (state.size, state.shape))
+
+
+@pytest.mark.parametrize("solver", [optcurv.steihaug(), optcurv.lanczos(2)])
+def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solver):
+    shape = optcurv.uniform_shape()._replace(inverse=lambda state, v: -v)
+    optimizer, w = optcurv.trust_region(shape=shape, solver=solver), jnp.ones(3)
+    loss = lambda w: jnp.sum(w**2)  # noqa: E731
+    state = optimizer.init(w)
+    with pytest.raises(ValueError, match=r"not positive definite.*eps"):
+        optimizer.update(w, state, w, value_fn=loss)
+    new_w, new_state = step_on(optimizer, loss)(w, state)
+    np.testing.assert_array_equal(new_w, w)
+    assert new_state.info.stop == Stop.INDEFINITE_SHAPE
+    assert new_state.size < state.size
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"initial_radius": 0.0}, ValueError, "initial_radius"),
+        ({"initial_radius": -1.0}, ValueError, "initial_radius"),
+        ({"initial_radius": 20.0}, ValueError, "at most max_radius = 10"),
+        ({"max_radius": 0.0}, ValueError, "max_radius"),
+        ({"growth": 1.0}, ValueError, "growth"),
+        ({"shrinkage": 0.9}, ValueError, "shrinkage"),
+        ({"accept_ratio": -0.1}, ValueError, "accept_ratio"),
+        ({"accept_ratio": 0.5, "grow_ratio": 0.4}, ValueError, "at most grow_ratio = 0.4, got 0.5"),
+        ({"grow_ratio": 1.5}, ValueError, "grow_ratio"),
+        ({"shape": "rmsprop"}, TypeError, r"optcurv\.Shape"),
+        ({"solver": "steihaug"}, TypeError, "solver"),
+        ({"curvature": "hessian"}, TypeError, "curvature"),
+        ({"radius": 1.0}, TypeError, "radius"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        optcurv.trust_region(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"initial_weight": 0.0}, ValueError, "initial_weight"),
+        ({"min_weight": 0.0}, ValueError, "min_weight"),
+        ({"max_iter": 1}, ValueError, "at least 2"),
+        ({"accept_ratio": 0.5, "shrink_ratio": 0.4}, ValueError, "at most shrink_ratio = 0.4, got 0.5"),
+    ],
+)
+def test_bad_options_of_the_cubic(options, error, message):
+    with pytest.raises(error, match=message):
+        optcurv.adaptive_cubic(**options)
+
+
+def test_full_matrix_shape_refuses_a_network_too_large():
+    with pytest.raises(ValueError, match="2500×2500"):
+        optcurv.trust_region(shape=optcurv.full_matrix_shape()).init(jnp.zeros((50, 50)))
