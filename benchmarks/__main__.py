@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compare, cost
+from benchmarks import adaptive_norms, compare, cost
 from benchmarks.data import DataError
 
-COMMANDS = {"compare": compare, "cost": cost}
+COMMANDS = {"compare": compare, "cost": cost, "adaptive-norms": adaptive_norms}
 
 
 def main(argv: Sequence[str]) -> int:

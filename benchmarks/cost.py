@@ -12,10 +12,14 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
+import optcurv
+from benchmarks.loops import count_flops, loops_table, measure_loops, product_flops
 from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
 from benchmarks.models import Batch, Cnn, Mlp, Task, classification_loss
 from benchmarks.report import environment, print_table, write_json, write_table
 from benchmarks.training import State, init_state, train_step
+from optcurv.curvature import CurvatureFn
+from optcurv.krylov import Solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,32 @@ WORKLOADS = {
     "mlp": Workload(Task(Mlp(hidden=(512,) * 4), classification_loss, has_accuracy=True), 512),
     "cnn": Workload(Task(Cnn(channels=(32, 64), hidden=256), classification_loss, has_accuracy=True), 128),
 }
+
+
+_ITERATIONS = 4
+
+
+def _trust_region(name: str, curvature: CurvatureFn, solver: Solver, gradients: float) -> Method:
+    """A trust region so wide that every step takes all its products."""
+    optimizer = functools.partial(optcurv.trust_region, curvature=curvature, solver=solver, max_radius=1e6)
+    return Method(name, lambda radius: optimizer(initial_radius=radius), "initial radius", (1e6,), gradients)
+
+
+LOOPED = {
+    _trust_region(
+        f"TR Steihaug G j={_ITERATIONS}",
+        optcurv.gauss_newton_product,
+        optcurv.steihaug(max_iter=_ITERATIONS, tol=0.0),
+        4 / 3 + 4 / 3 * _ITERATIONS,
+    ): optcurv.gauss_newton_product,
+    _trust_region(
+        f"TR Lanczos H j={_ITERATIONS}",
+        optcurv.hessian_product,
+        optcurv.lanczos(_ITERATIONS),
+        4 / 3 + 2 * _ITERATIONS,
+    ): optcurv.hessian_product,
+}
+"""Methods whose products are taken in a loop, and which; a step takes `_ITERATIONS` of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +80,9 @@ def main(args: argparse.Namespace) -> int:
         table = cost_table(f"{name}, batch {figures['batch_size']}, on {surroundings['device']}", figures)
         print_table(table)
         write_table(args.output / f"cost-{name}.txt", table)
+        table = loops_table(f"{name}: products inside and outside of a loop", figures["loops"])
+        print_table(table)
+        write_table(args.output / f"loops-{name}.txt", table)
     return 0
 
 
@@ -65,6 +98,8 @@ class CompiledStep:
         self.compiled = step.lower(self.state, batch, method.grid[0]).compile()
         self.compile_seconds = time.perf_counter() - start
         self.flops = count_flops(self.compiled)
+        if method in LOOPED:  # XLA counts the body of a loop once
+            self.flops += (_ITERATIONS - 1) * product_flops(workload.task, LOOPED[method], batch)
 
     def temporary_bytes(self) -> int:
         """Returns the memory the step needs beside its arguments and results."""
@@ -78,11 +113,6 @@ class CompiledStep:
             self.state, _ = self.compiled(self.state, self.batch, self.method.grid[0])
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / num_steps
-
-
-def count_flops(compiled: jax.stages.Compiled) -> float:
-    """Returns XLA's count of operations; it knows no noise."""
-    return (compiled.cost_analysis() or {}).get("flops", 0.0)
 
 
 def forward_flops(workload: Workload, batch: Batch) -> float:
@@ -102,7 +132,7 @@ def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> d
     batch = random_batch(workload.batch_size)
     steps = [
         CompiledStep(workload, method, batch)
-        for method in track((GRADIENT_DESCENT, *METHODS), f"{name}: compiling", transient=True)
+        for method in track((GRADIENT_DESCENT, *METHODS, *LOOPED), f"{name}: compiling", transient=True)
     ]
     for step in steps:
         step.seconds(num_steps)
@@ -125,7 +155,8 @@ def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> d
         for i, step in enumerate(steps)
     ]
     forward = forward_flops(workload, batch) / yardstick.flops
-    return {"batch_size": workload.batch_size, "forward_flops_ratio": forward, "rows": rows}
+    loops = measure_loops(workload.task, batch, rounds)
+    return {"batch_size": workload.batch_size, "forward_flops_ratio": forward, "rows": rows, "loops": loops}
 
 
 def random_batch(batch_size: int) -> Batch:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,15 @@ SAMPLE = 10_000
 _POINTS = 24  # of a curve, each an average over the mini-batches since the last
 
 
-def init_state(task: Task, method: Method, key: jax.Array, batch: Batch) -> State:
-    """Returns fresh parameters, the same for every method, and the optimiser's state."""
+def init_state(
+    task: Task, method: Method, key: jax.Array, batch: Batch, setting: float | jax.Array | None = None
+) -> State:
+    """Returns fresh parameters, the same for every method, and the optimiser's state.
+
+    Without the tuned number, the first of the grid stands for it; a state may hold it (a trust region's radius).
+    """
     params = task.init(key, batch)
-    return params, method.optimizer(method.grid[0]).init(params)
+    return params, method.optimizer(method.grid[0] if setting is None else setting).init(params)
 
 
 def train_step(
@@ -71,22 +77,25 @@ class Problem:
 
     def batch_indices(self, seed: int, num_steps: int) -> np.ndarray:
         """Returns the images of each step; a longer run of the same seed begins like a shorter one."""
+        return np.stack(list(itertools.islice(self.batches(seed), num_steps)))
+
+    def batches(self, seed: int) -> Iterator[np.ndarray]:
+        """Yields the images of each step, an epoch after the other, without end."""
         rng = np.random.default_rng(seed)
         num_images = len(self.data.train.labels)
         per_epoch = num_images // self.batch_size
-        epochs = [
-            rng.permutation(num_images)[: per_epoch * self.batch_size].reshape(per_epoch, self.batch_size)
-            for _ in range(math.ceil(num_steps / per_epoch))
-        ]
-        return np.concatenate(epochs)[:num_steps].astype(np.int32)
+        while True:
+            order = rng.permutation(num_images)[: per_epoch * self.batch_size].astype(np.int32)
+            yield from order.reshape(per_epoch, self.batch_size)
 
     def evaluate(self, params: optax.Params) -> dict[str, float]:
-        """Returns training loss, test loss and, for a classifier, test accuracy."""
-        sample = Batch(*(array[:SAMPLE] for array in self.data.train))
-        figures = {"train_loss": self._figures(params, sample)[0]}
-        figures["test_loss"], test_accuracy = self._figures(params, self.data.test)
-        if self.task.has_accuracy:
-            figures["test_accuracy"] = test_accuracy
+        """Returns the loss and, for a classifier, the accuracy, on training and on test images."""
+        splits = {"train": Batch(*(array[:SAMPLE] for array in self.data.train)), "test": self.data.test}
+        figures = {}
+        for split, batch in splits.items():
+            figures[f"{split}_loss"], share = self._figures(params, batch)
+            if self.task.has_accuracy:
+                figures[f"{split}_accuracy"] = share
         return {name: float(value) for name, value in figures.items()}
 
     @functools.cached_property
@@ -99,6 +108,20 @@ class Problem:
         return jax.jit(figures)
 
 
+CompiledStep = Callable[[State, Batch, jax.typing.ArrayLike, float], tuple[State, jax.Array]]
+
+
+def compile_step(task: Task, method: Method) -> CompiledStep:
+    """Returns the compiled `train_step` on some images of a training set, given by their indices."""
+
+    def step(
+        state: State, train: Batch, indices: jax.typing.ArrayLike, setting: float | jax.Array
+    ) -> tuple[State, jax.Array]:
+        return train_step(task, method, state, Batch(*(array[indices] for array in train)), setting)
+
+    return jax.jit(step)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What one run measured.
@@ -108,7 +131,8 @@ class Run:
       seed: of the initialisation and the order of the batches.
       curve: lists of equal length: steps done, gradient-equivalents and seconds spent, and the loss as an average over
         the mini-batches since the entry before.
-      evaluations: likewise steps, gradients, seconds, train_loss, test_loss and, for a classifier, test_accuracy.
+      evaluations: likewise steps, gradients, seconds, train_loss, test_loss and, for a classifier, train_accuracy and
+        test_accuracy.
     """
 
     setting: float
@@ -129,12 +153,8 @@ class Trainer:
         self.method = method
         self._warm = False
 
-        def step(state: State, train: Batch, indices: jax.Array, setting: float | jax.Array) -> tuple[State, jax.Array]:
-            batch = Batch(*(array[indices] for array in train))
-            return train_step(problem.task, method, state, batch, setting)
-
         self._init = jax.jit(functools.partial(init_state, problem.task, method))
-        self._step = jax.jit(step)
+        self._step = compile_step(problem.task, method)
 
     def run(self, setting: float, seed: int, num_evaluations: int, report: Callable[[float, float], None]) -> Run:
         """Trains on the whole budget; calls `report(gradients, loss)` now and then, evaluates so often, and at the end.
@@ -145,7 +165,7 @@ class Trainer:
         problem, train = self.problem, self.problem.data.train
         num_steps = problem.num_steps(self.method)
         order = problem.batch_indices(seed, num_steps)
-        state = self._init(jax.random.key(seed), train)
+        state = self._init(jax.random.key(seed), train, setting)
         if not self._warm:
             jax.block_until_ready(self._step(state, train, order[0], setting))
             self._warm = True

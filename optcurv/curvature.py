@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, ValueFn, scalar_fn
+from optcurv.jaxpr import with_canonical_convolutions
 
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear operator: maps a pytree like the parameters to another, and keeps its dtype."""
@@ -100,7 +101,7 @@ def hessian_product(value_fn: ValueFn, params: PyTree) -> MatVec:
       [4. 2.]
     """
     _, product = jax.linearize(jax.grad(scalar_fn(value_fn)), params)
-    return _keeping_dtype(product, params)
+    return _keeping_dtype(with_canonical_convolutions(product, params), params)
 
 
 def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
@@ -147,7 +148,7 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
         (result,) = transposed_product(loss_hessian_product(jacobian_product(vector)))
         return result
 
-    return _keeping_dtype(product, params)
+    return _keeping_dtype(with_canonical_convolutions(product, params), params)
 
 
 def _keeping_dtype(product: MatVec, params: PyTree) -> MatVec:

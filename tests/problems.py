@@ -52,9 +52,10 @@ def network(params, x):
     return scale * (jnp.tanh(x.astype(kernel.dtype) @ kernel + bias) @ head)
 
 
-def regression_params():
+def regression_params(seed=0, dtype=jnp.float32):
     """Returns the leaves of a softmax regression, for laws that compile much and need no hidden layer."""
-    return {"bias": jnp.zeros(3), "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) * 0.5)}
+    kernel = np.random.default_rng(seed).normal(size=(4, 3))
+    return {"bias": jnp.zeros(3, dtype), "kernel": jnp.asarray(kernel, dtype)}
 
 
 def regression_loss(batch):
@@ -62,7 +63,7 @@ def regression_loss(batch):
 
     def model_fn(params):
         bias, kernel = jax.tree.leaves(params)
-        return batch.x @ kernel + bias
+        return batch.x.astype(kernel.dtype) @ kernel + bias
 
     return optcurv.Composite(model_fn, lambda logits: cross_entropy(logits, batch.y))
 

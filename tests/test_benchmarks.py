@@ -220,11 +220,16 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     assert main(["cost", "--model", "mlp", "--rounds", "2", "--output", str(tmp_path)]) == 0
     assert "EDF-G k=1" in capsys.readouterr().out
     figures = json.loads((tmp_path / "cost.json").read_text())["cost"]["mlp"]
-    gradient, sgd, edf = figures["rows"]
+    gradient, sgd, edf, steihaug, lanczos = figures["rows"]
     assert gradient["flops_ratio"] == 1
     assert gradient["seconds_ratio_quartiles"] == [1, 1, 1]
     assert 1 < sgd["flops_ratio"] < edf["flops_ratio"] < 3
     assert 1 / 3 < figures["forward_flops_ratio"] < 1 / 2
+    # Four products each, all but one of them beyond XLA's count of a loop: of 4/3 and of 2 gradients, or less.
+    assert 4 < steihaug["flops_ratio"] < 1.2 * steihaug["floor"] == pytest.approx(8)
+    assert 6 < lanczos["flops_ratio"] < 1.2 * lanczos["floor"] == pytest.approx(11.2)
     assert edf["seconds_ratio_quartiles"] == sorted(edf["seconds_ratio_quartiles"])
     assert min(row["temporary_bytes"] for row in figures["rows"]) > 0
     assert "EDF-G k=1" in (tmp_path / "cost-mlp.txt").read_text()
+    assert [row["curvature"] for row in figures["loops"]] == ["Gauss-Newton", "Hessian"]
+    assert "ms in the CG loop" in (tmp_path / "loops-mlp.txt").read_text()

@@ -22,16 +22,18 @@ from tests.wrappers import WRAPPERS
 
 def cases_where(holds):
     """All laws of a case run in one process, where they share what is compiled."""
-    return pytest.mark.parametrize(
-        "case",
-        [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES if holds(case)],
-    )
+
+    def marks(case):
+        return [pytest.mark.xdist_group(case.name), *([pytest.mark.variant] if case.variant else [])]
+
+    params = [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES if holds(case)]
+    return pytest.mark.parametrize("case", params)
 
 
 every_case = cases_where(lambda case: True)
 
 
-def make_step(optimizer, loss_of_batch=problems.network_loss):
+def make_step(optimizer, loss_of_batch=problems.regression_loss):
     """One training step, as a user writes it."""
 
     def step(params, state, batch):
@@ -62,22 +64,15 @@ def assert_finite(tree):
 
 
 @functools.cache
-def jitted_step(case):
-    return jax.jit(make_step(case.make()))
+def jitted_step(case, loss_of_batch=problems.regression_loss):
+    return jax.jit(make_step(case.make(), loss_of_batch))
 
 
 @functools.cache
 def reference(case):
-    """The parameters and state after four jitted steps on the network."""
-    params = problems.network_params()
+    """The parameters and state after four jitted steps of a softmax regression."""
+    params = problems.regression_params()
     return train(jitted_step(case), params, case.make().init(params), 4)
-
-
-@functools.cache
-def regression_reference(case):
-    """The same for the softmax regression."""
-    optimizer, params = case.make(), problems.regression_params()
-    return train(jax.jit(make_step(optimizer, problems.regression_loss)), params, optimizer.init(params), 4)
 
 
 def update_on(optimizer, params, loss, **extra_args):
@@ -103,7 +98,7 @@ def test_converges_on_an_ill_conditioned_quadratic(case):
 @every_case
 def test_learns_to_classify(case):
     params = problems.network_params()
-    params, _ = train(jitted_step(case), params, case.make().init(params), 60)
+    params, _ = train(jitted_step(case, problems.network_loss), params, case.make().init(params), 60)
     test = problems.blobs(seed=1000, size=300)
     assert problems.network_loss(test)(params) < 0.45  # 1.1 is chance
     assert jnp.mean(jnp.argmax(problems.network(params, test.x), axis=1) == test.y) > 0.8
@@ -114,7 +109,7 @@ def test_learns_to_classify(case):
 
 @every_case
 def test_jit_equals_no_jit(case):
-    optimizer, params = case.make(), problems.network_params()
+    optimizer, params = case.make(), problems.regression_params()
     assert_same(
         train(make_step(optimizer), params, optimizer.init(params), 2),
         train(jitted_step(case), params, optimizer.init(params), 2),
@@ -123,7 +118,7 @@ def test_jit_equals_no_jit(case):
 
 @every_case
 def test_second_step_compiles_nothing(case):
-    optimizer, params = case.make(), problems.network_params()
+    optimizer, params = case.make(), problems.regression_params()
     step = jax.jit(make_step(optimizer))
     params, _ = train(step, params, optimizer.init(params), 4)
     assert step._cache_size() == 1
@@ -132,7 +127,7 @@ def test_second_step_compiles_nothing(case):
 
 @every_case
 def test_scan_equals_the_python_loop(case):
-    optimizer, params = case.make(), problems.network_params()
+    optimizer, params = case.make(), problems.regression_params()
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[problems.blobs(seed=n) for n in range(4)])
     step = make_step(optimizer)
     body = lambda carry, batch: (step(*carry, batch), None)  # noqa: E731
@@ -143,7 +138,7 @@ def test_scan_equals_the_python_loop(case):
 @every_case
 def test_vmap_over_seeds_equals_the_loop_over_seeds(case):
     optimizer = case.make()
-    several = [problems.network_params(seed=seed) for seed in range(3)]
+    several = [problems.regression_params(seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
     step = make_step(optimizer)
     batched = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
@@ -155,15 +150,15 @@ def test_vmap_over_seeds_equals_the_loop_over_seeds(case):
 
 @every_case
 def test_params_and_state_can_be_donated(case):
-    optimizer, params = case.make(), jax.tree.map(jnp.copy, problems.network_params())
+    optimizer, params = case.make(), jax.tree.map(jnp.copy, problems.regression_params())
     step = jax.jit(make_step(optimizer), donate_argnums=(0, 1))
     assert_same(train(step, params, optimizer.init(params), 4), reference(case), rtol=1e-5)
-    assert params["a_kernel"].is_deleted()
+    assert params["kernel"].is_deleted()
 
 
 @every_case
 def test_lowers_for_every_platform(case):
-    optimizer, params = case.make(), problems.network_params()
+    optimizer, params = case.make(), problems.regression_params()
     arguments = (params, optimizer.init(params), problems.blobs())
     exported = jax.export.export(jax.jit(_flat(make_step(optimizer), arguments)), platforms=["cpu", "cuda", "tpu"])
     assert exported(*jax.tree.map(jax.typeof, jax.tree.leaves(arguments))).platforms == ("cpu", "cuda", "tpu")
@@ -182,7 +177,7 @@ def _flat(step, arguments):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_every_leaf_keeps_its_dtype(case, dtype):
     with jax.enable_x64(dtype == jnp.float64):
-        optimizer, params = case.make(), problems.network_params(dtype=dtype)
+        optimizer, params = case.make(), problems.regression_params(dtype=dtype)
         state = optimizer.init(params)
         step = jax.jit(lambda p, s: make_step(optimizer)(p, s, problems.blobs(dtype=dtype)))
         new_params, new_state = params, state
@@ -190,7 +185,7 @@ def test_every_leaf_keeps_its_dtype(case, dtype):
             new_params, new_state = step(new_params, new_state)
         assert jax.tree.map(_dtype_and_shape, new_params) == jax.tree.map(_dtype_and_shape, params)
         assert jax.tree.map(_dtype_and_shape, new_state) == jax.tree.map(_dtype_and_shape, state)
-        loss = problems.network_loss(problems.blobs(dtype=dtype))
+        loss = problems.regression_loss(problems.blobs(dtype=dtype))
         assert loss(new_params) < 0.9 * loss(params)
 
 
@@ -200,42 +195,38 @@ def _dtype_and_shape(leaf):
 
 @every_case
 def test_mixed_dtypes_are_kept(case):
-    params = problems.network_params() | {"a_kernel": problems.network_params()["a_kernel"].astype(jnp.bfloat16)}
+    params = problems.regression_params() | {"kernel": problems.regression_params()["kernel"].astype(jnp.bfloat16)}
     optimizer = case.make()
     new_params, _ = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 2)
     assert jax.tree.map(_dtype_and_shape, new_params) == jax.tree.map(_dtype_and_shape, params)
 
 
-class Network(NamedTuple):
-    a: Any
+class Layer(NamedTuple):
+    bias: Any
     nothing: Any
-    b: Any
-    c: Any
-    d: Any
+    kernel: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class NetworkDataclass:
-    a: Any
-    b: Any
-    c: Any
-    d: Any
+class LayerDataclass:
+    bias: Any
+    kernel: Any
 
 
 STRUCTURES = {
-    "NamedTuple-with-None": lambda leaves: Network(leaves[0], None, *leaves[1:]),
-    "FrozenDict": lambda leaves: flax.core.freeze({"one": {"a": leaves[0], "b": leaves[1]}, "two": list(leaves[2:])}),
-    "nnx.State": lambda leaves: nnx.State(dict(zip("abcd", map(nnx.Param, leaves), strict=True))),
-    "dataclass": lambda leaves: NetworkDataclass(*leaves),
-    "dict-with-None": lambda leaves: dict(zip("abcd", leaves, strict=True)) | {"e": None},
+    "NamedTuple-with-None": lambda bias, kernel: Layer(bias, None, kernel),
+    "FrozenDict": lambda bias, kernel: flax.core.freeze({"one": {"a": bias}, "two": [kernel]}),
+    "nnx.State": lambda bias, kernel: nnx.State({"a": nnx.Param(bias), "b": nnx.Param(kernel)}),
+    "dataclass": LayerDataclass,
+    "dict-with-None": lambda bias, kernel: {"a": bias, "b": kernel, "c": None},
 }
 
 
 @every_case
 @pytest.mark.parametrize("build", STRUCTURES.values(), ids=STRUCTURES.keys())
 def test_any_structure_takes_the_same_path(case, build):
-    optimizer, params = case.make(), build(jax.tree.leaves(problems.network_params()))
+    optimizer, params = case.make(), build(*jax.tree.leaves(problems.regression_params()))
     new_params, state = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 4)
     assert jax.tree.structure(new_params) == jax.tree.structure(params)
     assert_same(jax.tree.leaves(new_params), jax.tree.leaves(reference(case)[0]), rtol=1e-5)
@@ -257,18 +248,18 @@ def test_sharded_batch_takes_the_same_path(case):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     optimizer = case.make()
-    params = jax.device_put(problems.network_params(), everywhere)
+    params = jax.device_put(problems.regression_params(), everywhere)
     state = jax.device_put(optimizer.init(params), everywhere)
     step = jax.jit(make_step(optimizer))
     for n in range(4):
         params, state = step(params, state, jax.device_put(problems.blobs(seed=n), split))
-    assert params["a_kernel"].sharding.is_fully_replicated
+    assert params["kernel"].sharding.is_fully_replicated
     assert_same(params, reference(case)[0])
 
 
 @every_case
 def test_checkpoint_continues_bit_for_bit(case, tmp_path):
-    step, params = jitted_step(case), problems.network_params()
+    step, params = jitted_step(case), problems.regression_params()
     halfway = train(step, params, case.make().init(params), 2)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "halfway", halfway)
@@ -284,7 +275,7 @@ def test_checkpoint_continues_bit_for_bit(case, tmp_path):
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.name)
 def test_wrappers_do_what_the_table_says(case, wrapper):
     optimizer, params = wrapper.wrap(case), problems.regression_params()
-    step = jax.jit(make_step(optimizer, problems.regression_loss))
+    step = jax.jit(make_step(optimizer))
     if wrapper.error is not None:
         with pytest.raises(wrapper.error, match=wrapper.message):
             step(params, optimizer.init(params), problems.blobs())
@@ -292,7 +283,7 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
     final, state = train(step, params, optimizer.init(params), 4)
     assert optcurv.diagnostics(state)
     if wrapper.holds == "same":
-        assert_same(final, regression_reference(case)[0])
+        assert_same(final, reference(case)[0])
     else:
         final, _ = train(step, params, optimizer.init(params), 40)
         test = problems.regression_loss(problems.blobs(seed=1000))
@@ -348,22 +339,22 @@ def test_stored_value_and_gradient_of_a_line_search_are_found_in_the_chain(case)
 @cases_where(lambda case: not case.moves_without_gradient)
 def test_works_on_the_updates_it_is_handed(case):
     """With the incoming updates zero nothing moves, whatever the loss's own gradient is."""
-    optimizer, params = optax.chain(optax.set_to_zero(), case.make()), problems.network_params()
+    optimizer, params = optax.chain(optax.set_to_zero(), case.make()), problems.regression_params()
     new_params, _ = jax.jit(make_step(optimizer))(params, optimizer.init(params), problems.blobs())
     jax.tree.map(np.testing.assert_array_equal, new_params, params)
 
 
 @every_case
 def test_value_and_grad_only_save_work(case):
-    optimizer, params, batch = case.make(), problems.network_params(), problems.blobs()
-    bare = update_on(optimizer, params, problems.network_loss(batch))
+    optimizer, params, batch = case.make(), problems.regression_params(), problems.blobs()
+    bare = update_on(optimizer, params, problems.regression_loss(batch))
     full, _ = jitted_step(case)(params, optimizer.init(params), batch)
     assert_same(optax.apply_updates(params, bare), full, rtol=1e-6)
 
 
 @every_case
 def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
-    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer, params, loss = case.make(), problems.regression_params(), problems.regression_loss(problems.blobs())
     with_aux = optcurv.Composite(lambda p: (loss.model_fn(p), "aux"), loss.loss_fn, has_aux=True)
     bare = update_on(optimizer, params, loss)
     update = lambda p: optimizer.update(  # noqa: E731
@@ -374,7 +365,7 @@ def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
 
 @every_case
 def test_curvature_closure_matters_only_to_curvature_methods(case):
-    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer, params, loss = case.make(), problems.regression_params(), problems.regression_loss(problems.blobs())
     double = optcurv.Composite(loss.model_fn, lambda outputs: 2 * loss.loss_fn(outputs))
     plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_fn=double)
     assert np.allclose(ravel_pytree(plain)[0], ravel_pytree(other)[0]) != case.curvature
@@ -382,7 +373,7 @@ def test_curvature_closure_matters_only_to_curvature_methods(case):
 
 @every_case
 def test_state_names_no_python_objects_and_info_is_scalar(case):
-    params = problems.network_params()
+    params = problems.regression_params()
     state = case.make().init(params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     report = optcurv.diagnostics(reference(case)[1])
@@ -396,36 +387,35 @@ def test_state_names_no_python_objects_and_info_is_scalar(case):
 @every_case
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 def test_poisoned_batches_move_nothing_to_nan_and_the_next_ones_teach(case, poison):
-    optimizer, params = case.make(), problems.network_params()
-    step = jax.jit(make_step(optimizer, linear_loss))
-    state, good = optimizer.init(params), problems.blobs()
+    step, params = jitted_step(case, linear_loss), problems.regression_params()
+    state, good = case.make().init(params), problems.blobs()
     bad = good._replace(x=good.x.at[3, 2].set(poison))
     for batch in (bad, good, good, bad, bad):
         params, state = step(params, state, batch)
         assert_finite(params)
     params, state = train(step, params, state, 20)
     assert_finite((params, state))
-    assert linear_loss(good)(params) < 0.5 * linear_loss(good)(problems.network_params())
+    assert linear_loss(good)(params) < 0.5 * linear_loss(good)(problems.regression_params())
 
 
 def linear_loss(batch):
-    """A loss that lets a poisoned input through, which a saturating network would hide."""
+    """A loss that lets a poisoned input through, which a saturating one would hide."""
 
     def model_fn(params):
-        kernel, bias, head, scale = jax.tree.leaves(params)
-        return scale * ((batch.x @ kernel + bias) @ head)
+        bias, kernel = jax.tree.leaves(params)
+        return batch.x @ kernel + bias
 
     return optcurv.Composite(model_fn, lambda outputs: jnp.mean((outputs - jax.nn.one_hot(batch.y, 3)) ** 2))
 
 
 @every_case
 def test_missing_closure_or_params(case):
-    optimizer, params = case.make(), problems.network_params()
+    optimizer, params = case.make(), problems.regression_params()
     state = optimizer.init(params)
     with pytest.raises(TypeError, match=r"needs the extra argument value_fn.*update\(updates, state, params"):
         optimizer.update(params, state, params)
     with pytest.raises(ValueError, match="needs params"):
-        optimizer.update(params, state, value_fn=problems.network_loss(problems.blobs()))
+        optimizer.update(params, state, value_fn=problems.regression_loss(problems.blobs()))
 
 
 @every_case
@@ -438,7 +428,7 @@ def test_complex_parameters(case):
 
 @every_case
 def test_loss_that_is_no_scalar(case):
-    optimizer, params, loss = case.make(), problems.network_params(), problems.network_loss(problems.blobs())
+    optimizer, params, loss = case.make(), problems.regression_params(), problems.regression_loss(problems.blobs())
     per_example = optcurv.Composite(loss.model_fn, lambda outputs: jnp.sum(outputs**2, axis=1))
     with pytest.raises(TypeError, match=r"real scalar.*mean"):
         optimizer.update(params, optimizer.init(params), params, value_fn=per_example)
@@ -446,14 +436,14 @@ def test_loss_that_is_no_scalar(case):
 
 @cases_where(lambda case: case.needs_composite)
 def test_plain_closure_where_a_composite_is_needed(case):
-    optimizer, params = case.make(), problems.network_params()
-    loss = problems.network_loss(problems.blobs())
+    optimizer, params = case.make(), problems.regression_params()
+    loss = problems.regression_loss(problems.blobs())
     with pytest.raises(TypeError, match=r"optcurv\.Composite"):
         optimizer.update(params, optimizer.init(params), params, value_fn=lambda p: loss(p))
 
 
 @cases_where(lambda case: not case.needs_composite)
 def test_plain_closure_where_it_is_enough(case):
-    optimizer, params = case.make(), problems.network_params()
-    plain = lambda batch: lambda p: problems.network_loss(batch)(p)  # noqa: E731
+    optimizer, params = case.make(), problems.regression_params()
+    plain = lambda batch: lambda p: problems.regression_loss(batch)(p)  # noqa: E731
     assert_same(train(jax.jit(make_step(optimizer, plain)), params, optimizer.init(params), 4), reference(case))
