@@ -16,7 +16,8 @@ def with_canonical_convolutions(fn: Callable[[Any], Any], argument: Any) -> Call
     XLA:CPU has a fast convolution for one order of dimensions only, and brings others into that order in a program's
     entry but not inside `while`, `scan` or `cond`, where a weight gradient then takes some fifty times as long
     (https://github.com/jax-ml/jax/issues/12868). Here each such convolution becomes one in canonical order between
-    transposes, on CPUs alone. Nested functions (`jit`, `scan`, `cond`, `jax.checkpoint`, ...) are rewritten too.
+    transposes, on CPUs alone. Nested functions (`jit`, `scan`, `cond`, `jax.checkpoint`, ...) are rewritten too, but
+    for the body of a `shard_map`.
 
     Args:
       fn: a function of one pytree of arrays. It is traced once and may close over traced values.
@@ -50,7 +51,8 @@ def _rewritten(jaxpr: Any) -> Any:
 
 def _rewritten_equation(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
     if eqn.primitive.name == "conv_general_dilated":
-        return [eqn] if _is_canonical(eqn.params) else _canonical_equations(eqn)
+        dimensions = eqn.params["dimension_numbers"]
+        return [eqn] if dimensions == _canonical_dimensions(len(dimensions.lhs_spec)) else _canonical_equations(eqn)
     if eqn.primitive.name == "shard_map":  # nothing public sets what its body is traced under
         return [eqn]
     params = {name: _rewritten_parameter(value) for name, value in eqn.params.items()}
@@ -98,11 +100,6 @@ def _canonical_dimensions(num_dims: int) -> jax.lax.ConvDimensionNumbers:
     spatial, last = range(1, num_dims - 1), num_dims - 1
     image = (0, last, *spatial)
     return jax.lax.ConvDimensionNumbers(image, (last, last - 1, *range(num_dims - 2)), image)
-
-
-def _is_canonical(params: dict[str, Any]) -> bool:
-    dimensions = params["dimension_numbers"]
-    return dimensions == _canonical_dimensions(len(dimensions.lhs_spec)) and params["batch_group_count"] == 1
 
 
 def _canonical_convolution(

@@ -366,8 +366,8 @@ def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
 @every_case
 def test_curvature_closure_matters_only_to_curvature_methods(case):
     optimizer, params, loss = case.make(), problems.regression_params(), problems.regression_loss(problems.blobs())
-    double = optcurv.Composite(loss.model_fn, lambda outputs: 2 * loss.loss_fn(outputs))
-    plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_fn=double)
+    steeper = optcurv.Composite(loss.model_fn, lambda outputs: 1000 * loss.loss_fn(outputs))
+    plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_fn=steeper)
     assert np.allclose(ravel_pytree(plain)[0], ravel_pytree(other)[0]) != case.curvature
 
 
