@@ -84,12 +84,18 @@ def scheduled(
     return jnp.asarray(value(count) if callable(value) else value, dtype)
 
 
-def at_least_float32(tree: PyTree) -> PyTree:
-    """Casts all leaves to their common dtype, or to float32 where that is narrower.
+def wide_dtype(tree: PyTree) -> jax.typing.DTypeLike:
+    """Returns the leaves' common dtype, or float32 where that is narrower.
 
-    Inner products and recurrences live in this dtype: bfloat16 would ruin them.
+    Inner products and recurrences live in it: bfloat16 would ruin them.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError("Parameters must be real; make real and imaginary parts leaves of their own.")
+    return dtype
+
+
+def at_least_float32(tree: PyTree) -> PyTree:
+    """Casts all leaves to their `wide_dtype`."""
+    dtype = wide_dtype(tree)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)

@@ -17,6 +17,7 @@ from optcurv.arguments import (
     required_value_fn,
     scalar_fn,
     scheduled,
+    wide_dtype,
 )
 from optcurv.curvature import CurvatureFn, hessian_product
 from optcurv.krylov import Metric, Solver, Stop, cubic_lanczos, steihaug
@@ -278,7 +279,7 @@ def _regularized_newton(
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         return RegularizedNewtonState(
             count=count,
-            size=jnp.asarray(initial_size, _wide_dtype(params)),
+            size=jnp.asarray(initial_size, wide_dtype(params)),
             shape=shape.init(params),
             key=jax.random.key_data(jax.random.key(seed)),
             info=info_type(zero, zero, jnp.zeros((), bool), count, count, zero, zero),
@@ -331,10 +332,6 @@ def _regularized_newton(
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _wide_dtype(params: PyTree) -> jax.typing.DTypeLike:
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
 
 def _raise_if_indefinite(stop: jax.Array) -> None:
