@@ -212,24 +212,30 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
         tolerance = norm * jnp.minimum(tol, jnp.sqrt(norm))
 
         def advance(state: _ConjugateGradients) -> _ConjugateGradients:
-            s, r, p = state.step, state.residual, state.direction
+            s, r, p, rho, s_s, s_p, p_p, decrease, iterations, _ = state
             product = matvec(p)
             curvature = jnp.asarray(optax.tree.vdot(p, product))
-            to_boundary, definite = _distance_to_boundary(metric, s, p, radius)
-            to_minimum = state.rho / jnp.where(curvature > 0, curvature, 1.0)
+            room = jnp.maximum(radius**2 - s_s, 0.0)
+            to_boundary = room / (s_p + jnp.sqrt(s_p**2 + p_p * room))
+            to_minimum = rho / jnp.where(curvature > 0, curvature, 1.0)
             inside = (curvature > 0) & (to_minimum < to_boundary)
             length = jnp.where(inside, to_minimum, to_boundary)
             s, r = optax.tree.add_scale(s, length, p), optax.tree.add_scale(r, length, product)
+            decrease = decrease + length * (rho - 0.5 * length * curvature)
+            s_s, s_p = s_s + length * (2 * s_p + length * p_p), s_p + length * p_p
 
             preconditioned = metric.inverse(r)
-            rho = jnp.asarray(optax.tree.vdot(r, preconditioned))
-            p = optax.tree.add_scale(optax.tree.scale(-1.0, preconditioned), rho / state.rho, p)
+            rho_new = jnp.asarray(optax.tree.vdot(r, preconditioned))
+            beta = rho_new / rho
+            p = optax.tree.add_scale(optax.tree.scale(-1.0, preconditioned), beta, p)
+            s_p, p_p = beta * s_p, rho_new + beta**2 * p_p
             at_boundary = jnp.where(curvature > 0, Stop.BOUNDARY, Stop.NEGATIVE_CURVATURE)
-            converged = jnp.where(jnp.sqrt(rho) <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
-            stop = jnp.where(definite & (rho >= 0), jnp.where(inside, converged, at_boundary), Stop.INDEFINITE_SHAPE)
-            stop = jnp.where(jnp.isfinite(curvature) & jnp.isfinite(rho), stop, Stop.NOT_FINITE)
-            return _ConjugateGradients(s, r, p, rho, state.iterations + 1, stop)
+            converged = jnp.where(jnp.sqrt(rho_new) <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
+            stop = jnp.where(rho_new >= 0, jnp.where(inside, converged, at_boundary), Stop.INDEFINITE_SHAPE)
+            stop = jnp.where(jnp.isfinite(curvature) & jnp.isfinite(rho_new), stop, Stop.NOT_FINITE)
+            return _ConjugateGradients(s, r, p, rho_new, s_s, s_p, p_p, decrease, iterations + 1, stop)
 
+        zero = jnp.zeros_like(rho)
         stop = jnp.where(norm <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
         stop = jnp.where(rho >= 0, stop, Stop.INDEFINITE_SHAPE)
         start = _ConjugateGradients(
@@ -237,14 +243,16 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
             residual=gradient,
             direction=optax.tree.scale(-1.0, preconditioned),
             rho=rho,
+            step_square=zero,
+            step_direction=zero,
+            direction_square=rho,
+            decrease=zero,
             iterations=jnp.zeros((), jnp.int32),
             stop=jnp.where(jnp.isfinite(rho), stop, Stop.NOT_FINITE),
         )
         goes_on = lambda state: (state.stop == Stop.MAX_ITER) & (state.iterations < max_iter)  # noqa: E731
         end = jax.lax.while_loop(goes_on, advance, start)
-        # With r = g + B s the model is g's + s'(r - g)/2.
-        decrease = -0.5 * optax.tree.vdot(end.step, optax.tree.add(gradient, end.residual))
-        return ModelStep(end.step, jnp.asarray(decrease), end.iterations, end.stop)
+        return ModelStep(end.step, end.decrease, end.iterations, end.stop)
 
     return solve
 
@@ -253,17 +261,14 @@ class _ConjugateGradients(NamedTuple):
     step: PyTree
     residual: PyTree
     direction: PyTree
-    rho: jax.Array  # of the residual's squared norm
+    rho: jax.Array  # the residual's squared norm
+    # Inner products by M, from recurrences: each M saved is a pass over the parameters.
+    step_square: jax.Array
+    step_direction: jax.Array
+    direction_square: jax.Array
+    decrease: jax.Array  # of the model
     iterations: jax.Array
     stop: jax.Array
-
-
-def _distance_to_boundary(metric: Metric, s: PyTree, p: PyTree, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the τ ≥ 0 with ‖s + τ p‖ = Δ, for s within and ⟨s, p⟩ ≥ 0; and whether p has a positive norm."""
-    scaled = metric.apply(p)
-    a, b = jnp.asarray(optax.tree.vdot(p, scaled)), jnp.asarray(optax.tree.vdot(s, scaled))
-    c = jnp.maximum(radius**2 - optax.tree.vdot(s, metric.apply(s)), 0.0)
-    return c / (b + jnp.sqrt(b**2 + a * c)), a > 0
 
 
 def lanczos(max_iter: int = 10) -> Solver:
@@ -352,7 +357,7 @@ class _KrylovSpace(NamedTuple):
     gradient: jax.Array
     size: jax.Array
     products: jax.Array
-    least_square: jax.Array  # of the squared norms met: negative if M is not positive definite
+    least_square: jax.Array  # of the squared norms met: negative if M is not positive definite, NaN if one overflowed
 
 
 def _krylov_space(matvec: MatVec, gradient: PyTree, metric: Metric, dimension: int, key: jax.Array) -> _KrylovSpace:
@@ -366,6 +371,7 @@ def _krylov_space(matvec: MatVec, gradient: PyTree, metric: Metric, dimension: i
         vector, is_new, square = _orthonormalized(metric, space.basis, dual)
         basis = jax.tree.map(lambda q, v: q.at[space.size].set(v, mode="drop"), space.basis, vector)
         size = jnp.minimum(space.size + is_new, dimension)
+        square = jnp.where(jnp.isfinite(square), square, jnp.nan)
         return space._replace(basis=basis, size=size, least_square=jnp.minimum(space.least_square, square))
 
     def expand(space: _KrylovSpace) -> _KrylovSpace:
@@ -417,5 +423,5 @@ def _step_in_space(
     h = minimizer.point
     quadratic = jnp.vdot(h, space.gradient + 0.5 * jnp.matmul(space.operator, h, precision="highest"))
     stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_SHAPE)
-    stop = jnp.where(jnp.isfinite(quadratic), stop, Stop.NOT_FINITE)
+    stop = jnp.where(jnp.isfinite(quadratic + space.least_square), stop, Stop.NOT_FINITE)
     return ModelStep(_combination(h, space.basis), -quadratic - regularization, space.products, stop)

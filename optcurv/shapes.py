@@ -124,9 +124,13 @@ def _diagonal_shape(average: Callable[[jax.Array, jax.Array], jax.Array], eps: f
     def scaled(v: PyTree, vector: PyTree, exponent: float) -> PyTree:
         return jax.tree.map(lambda v, x: (v + eps) ** exponent * x, v, vector)
 
+    def bounded(v: jax.Array, gradient: jax.Array) -> jax.Array:
+        """An overflow of the square would shut a coordinate for good."""
+        return jnp.minimum(average(v, gradient), jnp.finfo(v.dtype).max)
+
     return Shape(
         init=lambda params: optax.tree.zeros_like(at_least_float32(params)),
-        update=lambda v, gradient: jax.tree.map(average, v, gradient),
+        update=lambda v, gradient: jax.tree.map(bounded, v, gradient),
         apply=lambda v, vector: scaled(v, vector, power),
         inverse=lambda v, vector: scaled(v, vector, -power),
     )

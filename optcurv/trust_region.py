@@ -109,7 +109,7 @@ def trust_region(
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
     costs one forward pass beyond the products. A loss that is not finite at the trial point rejects the step; where
-    loss or gradient at params are not finite, nothing changes at all.
+    the loss, the gradient or a product at params is not finite, nothing changes at all.
 
     Args:
       shape: M; `optcurv.rmsprop_shape()` (default), `optcurv.adagrad_shape()`, `optcurv.uniform_shape()`,
@@ -300,13 +300,12 @@ def _regularized_newton(
         loss = scalar_fn(value_fn)
         gradient = at_least_float32(updates)
         value = jnp.asarray(loss(params) if value is None else value, state.size.dtype)
-        usable = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient, squared=True))
-
-        shape_state = optax.tree.where(usable, shape.update(state.shape, gradient), state.shape)
+        shape_state = shape.update(state.shape, gradient)
         metric = Metric(lambda v: shape.apply(shape_state, v), lambda v: shape.inverse(shape_state, v))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         found = solver(curvature(curvature_fn or value_fn, params), gradient, metric, state.size, key)
         _raise_if_indefinite(found.stop)
+        usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE)
 
         step = optax.tree.cast_like(found.step, updates)
         trial_value = jnp.asarray(loss(optax.apply_updates(params, step)), value.dtype)
@@ -325,7 +324,7 @@ def _regularized_newton(
         new_state = RegularizedNewtonState(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
-            shape=shape_state,
+            shape=optax.tree.where(usable, shape_state, state.shape),
             key=state.key,
             info=info,
         )

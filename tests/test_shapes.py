@@ -120,6 +120,13 @@ def test_epsilon_does_not_decay():
     np.testing.assert_allclose(shape.inverse(state, jnp.ones(2)), 1e3)
 
 
+@pytest.mark.parametrize("make", [optcurv.adagrad_shape, optcurv.rmsprop_shape])
+def test_a_gradient_whose_square_overflows_shuts_no_coordinate(make):
+    shape, gradient = make(), jnp.full(2, 1e30, jnp.float32)
+    state = shape.update(shape.init(gradient), gradient)
+    assert jnp.all(shape.inverse(state, gradient) > 0)
+
+
 def test_size_limit_of_the_full_matrix_names_the_size():
     with pytest.raises(ValueError, match=r"2049×2049.*max_size of 2048.*rmsprop_shape"):
         optcurv.full_matrix_shape().init(jnp.zeros(2049))
