@@ -3,20 +3,29 @@
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product
 from optcurv.diagnostics import diagnostics
 from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
+from optcurv.kronecker import BLOCK, DIAGONAL, KRONECKER, Structure
 from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
 from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
 from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
 from optcurv.surface import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.switching import SwitchRule, on_plateau, switch
+from optcurv.taps import layers
 from optcurv.trust_region import adaptive_cubic, trust_region
+from optcurv.tso_alra import sample_categorical, sample_gaussian, scale_by_kronecker, tso_alra
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BLOCK",
+    "DIAGONAL",
+    "KRONECKER",
     "Composite",
     "Metric",
     "Shape",
     "Stop",
+    "Structure",
+    "SwitchRule",
     "adagrad_shape",
     "adaptive_cubic",
     "diagnostics",
@@ -26,16 +35,23 @@ __all__ = [
     "gauss_newton_product",
     "hessian_product",
     "lanczos",
+    "layers",
     "least_squares_diagonal_mass",
     "masked",
     "minres",
+    "on_plateau",
     "pal",
     "rmsprop_shape",
+    "sample_categorical",
+    "sample_gaussian",
     "scale_by_edf",
+    "scale_by_kronecker",
     "scale_by_nesterov_flow",
     "scale_by_parabolic_linesearch",
     "steihaug",
+    "switch",
     "trust_region",
+    "tso_alra",
     "uniform_shape",
     "wigner_diagonal_mass",
 ]

@@ -63,13 +63,13 @@ class Composite:
             if not callable(getattr(self, name)):
                 raise TypeError(f"Composite.{name} must be a function, got {getattr(self, name)!r}.")
 
-    def __call__(self, params: PyTree, *, curvature_fn: ValueFn | None = None) -> Any:
+    def __call__(self, params: PyTree, *, curvature_fn: ValueFn | None = None, monitored_value: Any = None) -> Any:
         """Returns the loss at `params`, or `(loss, aux)` with `has_aux`.
 
-        `curvature_fn` is ignored. It is named here because optax's line searches hand every extra argument of
+        The other arguments are ignored. They are named here because optax's line searches hand every extra argument of
         `update` on to `value_fn` and reject those it does not name.
         """
-        del curvature_fn
+        del curvature_fn, monitored_value
         if not self.has_aux:
             return self.loss_fn(self.model_fn(params))
         outputs, aux = self.model_fn(params)

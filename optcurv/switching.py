@@ -1,0 +1,187 @@
+"""One optimiser first, another one afterwards."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optcurv.arguments import PyTree, check_count, check_number
+
+
+class SwitchRule(NamedTuple):
+    """When to switch, by what happens on the way; made by `on_plateau`.
+
+    Attributes:
+      init: returns the rule's state.
+      update: maps the state and the monitored value, None on steps that have none, to a new state and whether it is
+        time.
+
+    Example:
+      Once the monitored value falls below one:
+
+      >>> import jax.numpy as jnp, optcurv
+      >>> below_one = optcurv.SwitchRule(
+      ...     init=lambda: (), update=lambda state, value: (state, jnp.asarray(value is not None and value < 1.0))
+      ... )
+    """
+
+    init: Any
+    update: Any
+
+
+class PlateauState(NamedTuple):
+    """State of `on_plateau`: the least value so far, and how many values since were no better."""
+
+    best: jax.Array
+    num_waited: jax.Array
+
+
+def on_plateau(patience: int, min_delta: float = 0.0) -> SwitchRule:
+    """Switches when a validation loss has not improved for a while.
+
+    Args:
+      patience: values in a row that do not improve on the best one.
+      min_delta: by how much a value must lie below the best one to improve on it.
+
+    Returns:
+      The rule, for `optcurv.switch`. It watches the extra argument `monitored_value`; steps without it, or with one
+      that is not a number, change nothing.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optcurv
+      >>> optimizer = optcurv.switch(optax.adam(0.1), optax.sgd(0.1), optcurv.on_plateau(patience=2))
+      >>> w = jnp.array(1.0)
+      >>> state = optimizer.init(w)
+      >>> for loss in (3.0, 2.0, 2.0, 2.5):
+      ...     _, state = optimizer.update(w, state, w, monitored_value=loss)
+      ...     print(state.info.stage)
+      0
+      0
+      0
+      1
+    """
+    check_count("patience", patience)
+    check_number("min_delta", min_delta, minimum=0.0)
+
+    def update(state: PlateauState, value: chex.Numeric | None) -> tuple[PlateauState, jax.Array]:
+        if value is None:
+            return state, jnp.zeros((), bool)
+        value = jnp.asarray(value, jnp.float32)
+        better = value < state.best - min_delta
+        waited = jnp.where(better, 0, state.num_waited + 1)
+        new_state = PlateauState(
+            best=jnp.where(better, value, state.best), num_waited=jnp.where(jnp.isnan(value), state.num_waited, waited)
+        )
+        return new_state, new_state.num_waited >= patience
+
+    return SwitchRule(lambda: PlateauState(jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)), update)
+
+
+def _at_step(step: int) -> SwitchRule:
+    def update(count: jax.Array, value: chex.Numeric | None) -> tuple[jax.Array, jax.Array]:
+        del value
+        return jnp.asarray(optax.safe_increment(count)), count >= step
+
+    return SwitchRule(lambda: jnp.zeros((), jnp.int32), update)
+
+
+class SwitchInfo(NamedTuple):
+    """Which stage the last step belonged to: 0 or 1."""
+
+    stage: jax.Array
+
+
+class SwitchState(NamedTuple):
+    """State of `switch`.
+
+    Attributes:
+      rule: of what decides.
+      first: of the first optimiser.
+      second: of the second, fresh until the switch.
+      info: of the last step.
+    """
+
+    rule: Any
+    first: PyTree
+    second: PyTree
+    info: SwitchInfo
+
+
+def switch(
+    first: optax.GradientTransformation, second: optax.GradientTransformation, when: int | SwitchRule
+) -> optax.GradientTransformationExtraArgs:
+    """Runs one transformation up to a point and another one from there; the signs are theirs.
+
+    Only the active one is computed. The second starts with a fresh state, made from the parameters at the switch. Two
+    switches in a row make three stages, and so on.
+
+    Args:
+      first: any transformation.
+      second: likewise.
+      when: the number of steps of the first, or a rule such as `optcurv.on_plateau(...)`.
+
+    Returns:
+      The transformation. It hands all extra arguments on; a rule sees `monitored_value`.
+
+    Raises:
+      ValueError: if a number of steps is negative.
+      TypeError: if `when` is neither.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optcurv
+      >>> optimizer = optcurv.switch(optax.sgd(1.0), optax.sgd(0.1), when=1)
+      >>> w = jnp.array(1.0)
+      >>> state = optimizer.init(w)
+      >>> for _ in range(2):
+      ...     updates, state = optimizer.update(w, state, w)
+      ...     print(updates)
+      -1.0
+      -0.1
+    """
+    first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
+    if not isinstance(when, SwitchRule):
+        if isinstance(when, bool) or not isinstance(when, int):
+            raise TypeError(f"when must be a number of steps or a rule like optcurv.on_plateau(...), got {when!r}.")
+        if when < 0:
+            raise ValueError(f"when must be a number of steps, got {when}.")
+        when = _at_step(when)
+    rule = when
+
+    def init(params: PyTree) -> SwitchState:
+        return SwitchState(rule.init(), first.init(params), second.init(params), SwitchInfo(jnp.zeros((), jnp.int32)))
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        monitored_value: chex.Numeric | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SwitchState]:
+        rule_state, is_time = rule.update(state.rule, monitored_value)
+        switched = state.info.stage == 1
+        if monitored_value is not None:
+            extra_args["monitored_value"] = monitored_value
+
+        def run_first(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+            new_updates, new_state = first.update(updates, state.first, params, **extra_args)
+            return optax.tree.cast_like(new_updates, updates), new_state, state.second
+
+        def run_second(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+            start = state.second if params is None else second.init(params)
+            start = optax.tree.where(switched, state.second, start)
+            new_updates, new_state = second.update(updates, start, params, **extra_args)
+            return optax.tree.cast_like(new_updates, updates), state.first, new_state
+
+        stage = switched | is_time
+        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first, updates)
+        info = SwitchInfo(stage.astype(jnp.int32))
+        return new_updates, SwitchState(rule_state, first_state, second_state, info)
+
+    return optax.GradientTransformationExtraArgs(init, update)

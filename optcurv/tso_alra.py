@@ -1,0 +1,440 @@
+"""TSO-ALRA: a Kronecker-factored inverse square root of the Fisher matrix, and plain SGD after a switch."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optcurv.arguments import (
+    PyTree,
+    ValueFn,
+    at_least_float32,
+    check_count,
+    check_number,
+    required_value_fn,
+    scheduled,
+    wide_dtype,
+)
+from optcurv.curvature import Composite
+from optcurv.jaxpr import with_canonical_convolutions
+from optcurv.kronecker import (
+    BLOCK,
+    DIAGONAL,
+    KRONECKER,
+    Factors,
+    Powers,
+    Structure,
+    damped_power,
+    init_powers,
+    refresh_powers,
+)
+from optcurv.switching import SwitchRule, switch
+from optcurv.taps import Layers, count_examples, pull_back_taps, tap
+from optcurv.taps import layers as find_layers
+
+
+class KroneckerInfo(NamedTuple):
+    """What one step did; scalars for the log.
+
+    Attributes:
+      largest_eigenvalue: of the damped Fisher matrix's layers.
+      smallest_eigenvalue: likewise.
+      age: steps since the stalest powers were taken.
+      norm_ratio: the norm of the outgoing updates over that of the incoming ones.
+      finite: whether the incoming updates were finite; the outgoing ones are zero otherwise.
+    """
+
+    largest_eigenvalue: jax.Array
+    smallest_eigenvalue: jax.Array
+    age: jax.Array
+    norm_ratio: jax.Array
+    finite: jax.Array
+
+
+class ScaleByKroneckerState(NamedTuple):
+    """State of `scale_by_kronecker`.
+
+    Attributes:
+      count: steps taken.
+      key: of the sampled labels, as key data.
+      weight: what the averages' weights sum to; less than one at first.
+      factors: averages of each layer's factors, by the path of its kernel.
+      squares: averages of the squared gradients of the other parameters, by path.
+      powers: of the factors.
+      info: of the last step.
+    """
+
+    count: jax.typing.ArrayLike
+    key: jax.Array
+    weight: jax.Array
+    factors: dict[str, Factors]
+    squares: dict[str, jax.Array]
+    powers: Powers
+    info: KroneckerInfo
+
+
+LabelSampler: TypeAlias = Callable[[jax.Array, PyTree], PyTree]
+"""Draws labels from a model's predictions: maps a random key and the outputs to the gradient, by the outputs, of the
+mean negative log-likelihood of labels so drawn."""
+
+
+def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws a class from the softmax of each row: the gradient of the mean cross-entropy.
+
+    Args:
+      key: a random key.
+      logits: `(..., classes)`.
+
+    Returns:
+      The gradient by the logits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> print(optcurv.sample_categorical(jax.random.key(0), jnp.array([[100.0, 0.0]])))
+      [[0. 0.]]
+    """
+    labels = jax.random.categorical(key, logits)
+    probabilities = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return probabilities / labels.size
+
+
+def sample_gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Draws targets with unit variance around the outputs: the gradient of half the mean squared distance.
+
+    Args:
+      key: a random key.
+      outputs: `(examples, ...)`; the distance is summed over all other axes.
+
+    Returns:
+      The gradient by the outputs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> print(optcurv.sample_gaussian(jax.random.key(0), jnp.zeros((4, 3))).shape)
+      (4, 3)
+    """
+    return jax.random.normal(key, outputs.shape, outputs.dtype) / outputs.shape[0]
+
+
+def scale_by_kronecker(
+    power: chex.Numeric = -0.5,
+    *,
+    factor_decay: optax.ScalarOrSchedule = 0.95,
+    factor_every: int = 10,
+    root_every: int = 100,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    absolute_damping: optax.ScalarOrSchedule = 0.0,
+    structure: Structure = KRONECKER,
+    labels: LabelSampler | None = None,
+    layers: Layers | None = None,
+    batch_size: int | None = None,
+    max_factor_size: int = 8192,
+    max_positions: int | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the updates by a power of the Fisher matrix, layer by layer; keeps their sign.
+
+    .. math:: u = (A + \lambda_A I)^p \; g \; (B + \lambda_B I)^p
+
+    for the gradient g of a kernel of `(in, out)`; p = -1/2 is the adaptive stage of TSO-ALRA (Eq. 16, where the factors
+    stand the other way round, for the transposed kernel) and p = -1 the natural gradient, as in K-FAC. A and B are
+    running averages (Eqs. 17 and 18, debiased) of :math:`a a^\top` over a layer's inputs and of :math:`\beta
+    \beta^\top` over the gradients of each example's own loss at the layer's outputs; a bias is one more row of the
+    kernel. In convolutions and sequences A sums and B averages over positions (Grosse and Martens 2016). A factor's
+    damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
+    `absolute_damping`, the published :math:`\epsilon`.
+
+    The layers are found in the loss closure (see `optcurv.layers`). Parameters in no layer are scaled by the same power
+    of their average squared gradient, per example like the factors: RMSProp without momentum.
+
+    The update takes the extra arguments `value_fn` (required, a mean over examples) and `curvature_fn` (the loss on a
+    smaller batch, for the factors only). Updates that are not finite become zero, and statistics that are not finite
+    are not averaged in.
+
+    Args:
+      power: p < 0.
+      factor_decay: how much of the averages remains, in [0, 1], a number or a schedule.
+      factor_every: steps from one batch averaged in to the next.
+      root_every: :math:`T_{int}`, steps from one decomposition of a factor to the next; early on there are more.
+      damping: λ ≥ 0, relative, a number or a schedule.
+      absolute_damping: likewise; published 1e-6, with no relative one.
+      structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
+        `optcurv.DIAGONAL`.
+      labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical`
+        and `optcurv.sample_gaussian` draw them from the model's predictions, for the true one; the loss must then be a
+        `Composite`.
+      layers: of the closure, as `optcurv.layers` returns them. By default the state is made for kernels whose last axis
+        alone is the output's, as those of dense layers and of ungrouped convolutions, and for no other arrays of more
+        than one axis.
+      batch_size: the number of examples whose mean the loss is; default: the leading axis of the layers' inputs.
+      max_factor_size: of larger factors only the diagonal is kept.
+      max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
+      seed: of the sampled labels.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: if a number is out of range, or `update` is called without params; if no layer is found, if the layers
+        differ from those the state was made for, or if the number of examples cannot be told.
+      TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
+        is no `Composite` where labels are drawn.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optcurv
+      >>> x = jax.random.normal(jax.random.key(0), (64, 3)) * jnp.array([1.0, 10.0, 100.0])
+      >>> loss = lambda p: jnp.mean((x @ p["w"] - x @ jnp.ones((3, 1))) ** 2)
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> optimizer = optax.chain(optcurv.scale_by_kronecker(), optax.scale_by_learning_rate(0.5))
+      >>> state = optimizer.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     return optax.apply_updates(params, updates), state
+      >>> start = loss(params)
+      >>> for _ in range(50):
+      ...     params, state = step(params, state)
+      >>> print(loss(params) < 1e-3 * start)
+      True
+    """
+    check_number("power", power)
+    if isinstance(power, int | float) and power >= 0:
+        raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
+    check_number("factor_decay", factor_decay, minimum=0.0, maximum=1.0)
+    check_number("damping", damping, minimum=0.0)
+    check_number("absolute_damping", absolute_damping, minimum=0.0)
+    counts = {"factor_every": factor_every, "root_every": root_every, "max_factor_size": max_factor_size}
+    optional_counts = {"batch_size": batch_size, "max_positions": max_positions}
+    for name, number in (counts | {name: n for name, n in optional_counts.items() if n is not None}).items():
+        check_count(name, number)
+    if not isinstance(structure, Structure):
+        raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
+
+    def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
+        return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
+
+    def init(params: PyTree) -> ScaleByKroneckerState:
+        dtype, leaves = wide_dtype(params), _by_path(params)
+        sizes = {} if structure is DIAGONAL else _guessed_sizes(leaves) if layers is None else _sizes(layers)
+        factors = {
+            path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes(sizes).items()
+        }
+        biases = set() if layers is None else {layer.bias for layer in layers.found if layer.path in factors}
+        alone = [path for i, path in enumerate(leaves) if path not in factors and i not in biases]
+        zero = jnp.zeros((), jnp.float32)
+        return ScaleByKroneckerState(
+            count=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(jax.random.key(seed)),
+            weight=zero,
+            factors=factors,
+            squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
+            powers=init_powers(factors),
+            info=KroneckerInfo(zero, zero, jnp.zeros((), jnp.int32), zero, jnp.ones((), bool)),
+        )
+
+    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
+        """Returns the factors of one batch."""
+        if labels is None:
+            found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
+        elif isinstance(value_fn, Composite):
+            sample = functools.partial(labels, key)
+            found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
+        else:
+            raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
+        shapes = factor_shapes(_sizes(found))
+        return {
+            layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
+            for layer, uses in zip(found.found, taps, strict=True)
+        }
+
+    def average(
+        value_fn: ValueFn, num_examples: int, state: ScaleByKroneckerState, params: PyTree, gradients: dict
+    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array]:
+        """Averages a batch into factors and squares; returns them with their weight."""
+        decay = scheduled(factor_decay, state.count, state.weight.dtype)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+        factors = measure(value_fn, key, params) if state.factors else {}
+        squares = {path: num_examples * gradients[path] ** 2 for path in state.squares}
+        now, before = (factors, squares), (state.factors, state.squares)
+        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
+        usable = jnp.isfinite(optax.tree.sum(mixed))
+        factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
+        return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        value_fn: ValueFn | None = None,
+        curvature_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByKroneckerState]:
+        del extra_args  # those of the other links in a chain
+        value_fn = required_value_fn("scale_by_kronecker", params, value_fn)
+        gradient = at_least_float32(updates)
+        gradient_norm = optax.tree.norm(gradient)
+        gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
+        curvature_fn = curvature_fn or value_fn
+        found = find_layers(curvature_fn, params)
+        if structure is not DIAGONAL:
+            _check_layers(found, factor_shapes(_sizes(found)), state)
+
+        num_examples = batch_size or count_examples(value_fn, params)
+        average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
+        factors, squares, weight = jax.lax.cond(
+            state.count % factor_every == 0,
+            with_canonical_convolutions(average_in, (params, gradients)),
+            lambda _: (state.factors, state.squares, state.weight),
+            (params, gradients),
+        )
+        begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
+        options = {"exponent": power, "absolute_damping": scheduled(absolute_damping, state.count)}
+        relative = scheduled(damping, state.count)
+        powers = refresh_powers(
+            state.powers,
+            jax.tree.map(lambda factor: factor / weight_or_one.astype(factor.dtype), factors),
+            damping=relative,
+            every=root_every,
+            count=state.count,
+            usable=begun,
+            **options,
+        )
+
+        spectra = [functools.reduce(jnp.multiply, several) for several in powers.extremes.values()]
+        results = list(gradients.values())
+        for i, (path, leaf) in enumerate(gradients.items()):
+            if path in squares:
+                square = squares[path].reshape(1, -1) / weight_or_one.astype(squares[path].dtype)
+                root, extremes = damped_power(square, relative=relative.astype(square.dtype), **options)
+                results[i] = leaf * jnp.where(begun, root, 1.0).reshape(leaf.shape)
+                spectra.append(extremes)
+        for layer in found.found if state.factors else ():
+            matrices = structure.apply(powers.powers[layer.path], layer.join(list(gradients.values())))
+            for i, result in layer.split(matrices, list(gradients.values())).items():
+                results[i] = result
+
+        result = jax.tree.unflatten(treedef, results)
+        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
+        result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
+        info = KroneckerInfo(
+            largest_eigenvalue=jnp.float32(jnp.max(jnp.stack([jnp.max(extremes) for extremes in spectra]))),
+            smallest_eigenvalue=jnp.float32(jnp.min(jnp.stack([jnp.min(extremes) for extremes in spectra]))),
+            age=jnp.max(powers.ages, initial=0),
+            norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
+            finite=finite,
+        )
+        new_state = ScaleByKroneckerState(
+            optax.safe_increment(state.count), state.key, weight, factors, squares, powers, info
+        )
+        return optax.tree.cast_like(result, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
+    if composite.has_aux:
+        return lambda params: composite.model_fn(params)[0]
+    return composite.model_fn
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves in their order, keyed by path."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:
+    return {layer.path: (layer.stack, layer.in_size, layer.out_size) for layer in layers.found}
+
+
+def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Takes every array of several axes for the kernel of a layer whose outputs are the last."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    return {path: (1, math.prod(shape[:-1]), shape[-1]) for path, shape in shapes.items() if len(shape) > 1}
+
+
+def _factor_shapes(
+    structure: Structure, max_size: int, path: str, stack: int, in_size: int, out_size: int
+) -> list[tuple[int, ...]]:
+    sizes = structure.sizes(in_size + 1, out_size)
+    if structure is BLOCK and sizes[0] > max_size:
+        raise ValueError(
+            f"The block of {path} would be a matrix of {sizes[0]} x {sizes[0]}, above max_factor_size = {max_size}: "
+            "use optcurv.KRONECKER, or raise the limit."
+        )
+    return [(stack, size, size) if size <= max_size else (stack, size) for size in sizes]
+
+
+def _check_layers(found: Layers, shapes: dict[str, list[tuple[int, ...]]], state: ScaleByKroneckerState) -> None:
+    """Raises if the state, made from the parameters' shapes or from other layers, does not fit."""
+    if not found.found:
+        raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{found}")
+    made = {path: [factor.shape for factor in several] for path, several in state.factors.items()}
+    homeless = [path for path, _ in found.others.values() if path not in state.squares]
+    if shapes != made or homeless:
+        raise ValueError(
+            "The layers of the loss are not those the state was made for, from the parameters' shapes alone: make the "
+            f"optimiser with layers=optcurv.layers(value_fn, params), which are\n{found}"
+        )
+
+
+def tso_alra(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    when: int | SwitchRule,
+    preconditioner: optax.GradientTransformation = scale_by_kronecker(),  # noqa: B008  pure functions
+    momentum: float | None = None,
+    max_update_norm: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The two-stage optimiser TSO-ALRA; emits the final signed step.
+
+    First :math:`w \leftarrow w - \eta\, F^{-1/2} g`, after the switch :math:`w \leftarrow w - \eta\, g` (Algorithm 1).
+    The paper's rate is 0.01 in both stages, with batches of 128. `optcurv.scale_by_kronecker` says what the update
+    needs; `optcurv.switch` what `when` may be.
+
+    Args:
+      learning_rate: η, a number or a schedule, of all steps.
+      when: to switch to SGD: a number of steps, or `optcurv.on_plateau(...)`.
+      preconditioner: the first stage, by default `optcurv.scale_by_kronecker()`.
+      momentum: β in :math:`m \leftarrow \beta m + u` in the first stage; default: none, as published.
+      max_update_norm: a bound on the norm of the preconditioned gradient; default: none, as published. With one, higher
+        rates are stable.
+
+    Returns:
+      The optimiser.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if an argument has the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optcurv
+      >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+      >>> loss = lambda p: jnp.mean((x @ p["w"] - x @ jnp.ones((3, 1))) ** 2)
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> optimizer = optcurv.tso_alra(0.1, when=20)
+      >>> state = optimizer.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     return optax.apply_updates(params, updates), state
+      >>> start = loss(params)
+      >>> for _ in range(40):
+      ...     params, state = step(params, state)
+      >>> print(loss(params) < 1e-2 * start)
+      True
+    """
+    links = [preconditioner]
+    if max_update_norm is not None:
+        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True)
+        links.append(optax.clip_by_global_norm(max_update_norm))
+    if momentum is not None:
+        check_number("momentum", momentum, minimum=0.0, maximum=1.0)
+        links.append(optax.trace(momentum))
+    first = optax.chain(*links)
+    return optax.chain(switch(first, optax.identity(), when), optax.scale_by_learning_rate(learning_rate))
