@@ -94,7 +94,7 @@ class Powers(NamedTuple):
     Attributes:
       powers: of each layer's factors, by path.
       extremes: the smallest and the largest damped eigenvalue of each factor, `(stack, 2)`.
-      ages: steps since each group of factors of one size was decomposed.
+      ages: steps since each group of factors of one size was decomposed; -1 before the first time.
     """
 
     powers: dict[str, Factors]
@@ -116,7 +116,7 @@ def init_powers(factors: Mapping[str, Factors]) -> Powers:
             path: tuple(jnp.ones((factor.shape[0], 2), factor.dtype) for factor in several)
             for path, several in factors.items()
         },
-        ages=jnp.zeros(len(_groups(factors)), jnp.int32),
+        ages=jnp.full(max(len(_groups(factors)), 1), -1),  # checkpoints hold no empty arrays
     )
 
 
@@ -140,9 +140,9 @@ def refresh_powers(
     mean eigenvalue of the Kronecker product.
     """
     groups = _groups(factors)
-    turns = jnp.arange(len(groups)) * every // max(len(groups), 1)
+    turns = jnp.arange(state.ages.size) * every // state.ages.size
     is_early = (count < every) & (count & (count - 1) == 0)
-    due = usable & (is_early | (count % every == turns))
+    due = usable & (is_early | (count % every == turns) | (state.ages < 0))
     powers = {path: list(several) for path, several in state.powers.items()}
     extremes = {path: list(several) for path, several in state.extremes.items()}
     for number, members in enumerate(groups):
@@ -160,7 +160,7 @@ def refresh_powers(
     return Powers(
         powers={path: tuple(several) for path, several in powers.items()},
         extremes={path: tuple(several) for path, several in extremes.items()},
-        ages=jnp.where(due, 0, state.ages + 1),
+        ages=jnp.where(due, 0, jnp.where(state.ages < 0, -1, state.ages + 1)),
     )
 
 

@@ -46,7 +46,7 @@ class KroneckerInfo(NamedTuple):
       smallest_eigenvalue: likewise.
       age: steps since the stalest powers were taken.
       norm_ratio: the norm of the outgoing updates over that of the incoming ones.
-      finite: whether the incoming updates were finite; the outgoing ones are zero otherwise.
+      finite: whether the updates were finite and there are statistics; the outgoing ones are zero otherwise.
     """
 
     largest_eigenvalue: jax.Array
@@ -226,15 +226,15 @@ def scale_by_kronecker(
         }
         biases = set() if layers is None else {layer.bias for layer in layers.found if layer.path in factors}
         alone = [path for i, path in enumerate(leaves) if path not in factors and i not in biases]
-        zero = jnp.zeros((), jnp.float32)
+        zero = functools.partial(jnp.zeros, (), jnp.float32)  # arrays of their own, so that all can be donated
         return ScaleByKroneckerState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(jax.random.key(seed)),
-            weight=zero,
+            weight=zero(),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors),
-            info=KroneckerInfo(zero, zero, jnp.zeros((), jnp.int32), zero, jnp.ones((), bool)),
+            info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), jnp.ones((), bool)),
         )
 
     def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
@@ -288,7 +288,7 @@ def scale_by_kronecker(
         num_examples = batch_size or count_examples(value_fn, params)
         average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
         factors, squares, weight = jax.lax.cond(
-            state.count % factor_every == 0,
+            (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
             lambda _: (state.factors, state.squares, state.weight),
             (params, gradients),
@@ -312,7 +312,7 @@ def scale_by_kronecker(
             if path in squares:
                 square = squares[path].reshape(1, -1) / weight_or_one.astype(squares[path].dtype)
                 root, extremes = damped_power(square, relative=relative.astype(square.dtype), **options)
-                results[i] = leaf * jnp.where(begun, root, 1.0).reshape(leaf.shape)
+                results[i] = leaf * root.reshape(leaf.shape)
                 spectra.append(extremes)
         for layer in found.found if state.factors else ():
             matrices = structure.apply(powers.powers[layer.path], layer.join(list(gradients.values())))
@@ -320,7 +320,7 @@ def scale_by_kronecker(
                 results[i] = result
 
         result = jax.tree.unflatten(treedef, results)
-        finite = jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
+        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
         result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
         info = KroneckerInfo(
             largest_eigenvalue=jnp.float32(jnp.max(jnp.stack([jnp.max(extremes) for extremes in spectra]))),

@@ -22,6 +22,7 @@ class Case:
       curvature: whether `curvature_fn` changes the step.
       variant: whether it is another choice of options for a method that has a row already; `-m "not variant"` leaves
         such rows out.
+      needs_layers: whether a loss without layers is refused.
       moves_without_gradient: whether negative curvature moves it where the gradient is zero.
     """
 
@@ -31,6 +32,7 @@ class Case:
     static: tuple[str, ...] = ()
     needs_composite: bool = False
     curvature: bool = False
+    needs_layers: bool = False
     moves_without_gradient: bool = False
     variant: bool = False
 
@@ -61,6 +63,19 @@ def trust_region_case(name: str, *, needs_composite: bool = False, variant: bool
         needs_composite=needs_composite,
         curvature=True,
         moves_without_gradient="lanczos" in name,
+        variant=variant,
+    )
+
+
+def tso_alra_case(name: str, structure: optcurv.Structure, *, variant: bool = True) -> Case:
+    preconditioner = optcurv.scale_by_kronecker(structure=structure, factor_every=2, root_every=5)
+    return Case(
+        name=name,
+        factory=optcurv.tso_alra,
+        options={"learning_rate": 0.3, "when": 1000, "preconditioner": preconditioner},
+        static=("when", "preconditioner"),
+        curvature=structure is not optcurv.DIAGONAL,
+        needs_layers=True,
         variant=variant,
     )
 
@@ -98,4 +113,7 @@ CASES = [
         curvature=True,
         moves_without_gradient=True,
     ),
+    tso_alra_case("tso-alra", optcurv.KRONECKER, variant=False),
+    tso_alra_case("tso-alra-block", optcurv.BLOCK),
+    tso_alra_case("tso-alra-diagonal", optcurv.DIAGONAL),
 ]

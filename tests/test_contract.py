@@ -68,6 +68,11 @@ def jitted_step(case, loss_of_batch=problems.regression_loss):
     return jax.jit(make_step(case.make(), loss_of_batch))
 
 
+def program(optimizer, params):
+    """A step as JAX traces it, on leaves alone. Where two are the same, nothing need run to see that the paths are."""
+    return str(jax.make_jaxpr(make_step(optimizer))(params, optimizer.init(params), problems.blobs()))
+
+
 @functools.cache
 def reference(case):
     """The parameters and state after four jitted steps of a softmax regression."""
@@ -86,7 +91,7 @@ def update_on(optimizer, params, loss, **extra_args):
 # Learning.
 
 
-@every_case
+@cases_where(lambda case: not case.needs_layers)
 def test_converges_on_an_ill_conditioned_quadratic(case):
     params, loss = problems.quadratic(condition=100.0)
     optimizer = case.make()
@@ -109,11 +114,9 @@ def test_learns_to_classify(case):
 
 @every_case
 def test_jit_equals_no_jit(case):
-    optimizer, params = case.make(), problems.regression_params()
-    assert_same(
-        train(make_step(optimizer), params, optimizer.init(params), 2),
-        train(jitted_step(case), params, optimizer.init(params), 2),
-    )
+    step, params = jitted_step(case), problems.regression_params()
+    halfway = train(step, params, case.make().init(params), 2)
+    assert_same(train(make_step(case.make()), *halfway, 1, start=2), train(step, *halfway, 1, start=2))
 
 
 @every_case
@@ -227,13 +230,17 @@ STRUCTURES = {
 @pytest.mark.parametrize("build", STRUCTURES.values(), ids=STRUCTURES.keys())
 def test_any_structure_takes_the_same_path(case, build):
     optimizer, params = case.make(), build(*jax.tree.leaves(problems.regression_params()))
-    new_params, state = train(jax.jit(make_step(optimizer)), params, optimizer.init(params), 4)
-    assert jax.tree.structure(new_params) == jax.tree.structure(params)
+    state = optimizer.init(params)
+    out_params, out_state = jax.eval_shape(make_step(optimizer), params, state, problems.blobs())
+    assert jax.tree.structure((out_params, out_state)) == jax.tree.structure((params, state))
+    if program(optimizer, params) == program(case.make(), problems.regression_params()):
+        return
+    new_params, state = train(jax.jit(make_step(optimizer)), params, state, 4)
     assert_same(jax.tree.leaves(new_params), jax.tree.leaves(reference(case)[0]), rtol=1e-5)
     assert_finite(state)
 
 
-@every_case
+@cases_where(lambda case: not case.needs_layers)
 @pytest.mark.parametrize("params", [jnp.asarray(3.0), 3.0, {"w": 3.0}], ids=["array", "float", "float-in-dict"])
 def test_scalar_parameters(case, params):
     loss = optcurv.Composite(lambda p: 2.0 * (jax.tree.leaves(p)[0] - 1.0), lambda residual: 0.5 * residual**2)
@@ -280,10 +287,12 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
         with pytest.raises(wrapper.error, match=wrapper.message):
             step(params, optimizer.init(params), problems.blobs())
         return
-    final, state = train(step, params, optimizer.init(params), 4)
-    assert optcurv.diagnostics(state)
+    assert optcurv.diagnostics(optimizer.init(params))
     if wrapper.holds == "same":
-        assert_same(final, reference(case)[0])
+        if isinstance(optimizer, optax.MultiSteps) or program(optimizer, params) != program(case.make(), params):
+            final, state = train(step, params, optimizer.init(params), 4)
+            assert optcurv.diagnostics(state)
+            assert_same(final, reference(case)[0])
     else:
         final, _ = train(step, params, optimizer.init(params), 40)
         test = problems.regression_loss(problems.blobs(seed=1000))
@@ -294,19 +303,25 @@ def test_wrappers_do_what_the_table_says(case, wrapper):
 @pytest.mark.parametrize(
     "search",
     [
-        lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10),
+        lambda: optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True),
         lambda: optax.scale_by_zoom_linesearch(max_linesearch_steps=5),
     ],
     ids=["backtracking", "zoom"],
 )
 def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
+    """The value that such a search stores must be found in the chain too, by `optax.value_and_grad_from_state`.
+
+    It looks fields up by name, so none of our states may use `value` or `grad`.
+    """
     optimizer, params = optax.chain(case.make(), search()), problems.regression_params()
+    loss = problems.regression_loss(problems.blobs())
+    value_and_grad = optax.value_and_grad_from_state(loss)
 
     @jax.jit
     def step(params, state):
-        loss = problems.regression_loss(problems.blobs())
-        value, grad = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_fn=loss)
+        value, grad = value_and_grad(params, state=state)
+        extra_args = {"value": value, "grad": grad, "value_fn": loss, "curvature_fn": loss, "monitored_value": value}
+        updates, state = optimizer.update(grad, state, params, **extra_args)
         return optax.apply_updates(params, updates), state, value
 
     state, values = optimizer.init(params), []
@@ -315,24 +330,6 @@ def test_optax_line_searches_follow_with_all_our_extra_arguments(case, search):
         values.append(float(value))
     assert values == sorted(values, reverse=True)
     assert values[-1] < 0.9 * values[0]
-
-
-@every_case
-def test_stored_value_and_gradient_of_a_line_search_are_found_in_the_chain(case):
-    """`optax.value_and_grad_from_state` looks fields up by name: none of our states may use `value` or `grad`."""
-    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=10, store_grad=True)
-    optimizer, params = optax.chain(case.make(), search), problems.regression_params()
-    loss, state = problems.regression_loss(problems.blobs()), optimizer.init(params)
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    @jax.jit
-    def step(params, state):
-        value, grad = value_and_grad(params, state=state)
-        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(2):
-        params, state = step(params, state)
     np.testing.assert_allclose(value_and_grad(params, state=state)[0], loss(params), rtol=1e-5)
 
 
@@ -432,6 +429,14 @@ def test_loss_that_is_no_scalar(case):
     per_example = optcurv.Composite(loss.model_fn, lambda outputs: jnp.sum(outputs**2, axis=1))
     with pytest.raises(TypeError, match=r"real scalar.*mean"):
         optimizer.update(params, optimizer.init(params), params, value_fn=per_example)
+
+
+@cases_where(lambda case: case.needs_layers)
+def test_loss_without_layers(case):
+    params, loss = problems.quadratic()
+    optimizer = case.make()
+    with pytest.raises(ValueError, match="No layer was found"):
+        optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
 
 
 @cases_where(lambda case: case.needs_composite)
