@@ -1,7 +1,6 @@
 """The Fisher matrix of a layer by its factors: their averages and damped powers. It knows no loss."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -13,6 +12,24 @@ from optcurv.taps import Tap
 
 Factors: TypeAlias = tuple[jax.Array, ...]
 """Symmetric matrices in stacks, `(stack, n, n)`, or only their diagonals, `(stack, n)`."""
+
+
+class LowRank(NamedTuple):
+    r"""The symmetric matrices :math:`\rho I + U\, \mathrm{diag}(\mu - \rho)\, U^\top`, in a stack.
+
+    Attributes:
+      vectors: U, orthonormal, `(stack, n, rank)`.
+      values: μ, `(stack, rank)`.
+      rest: ρ, `(stack,)`.
+    """
+
+    vectors: jax.Array
+    values: jax.Array
+    rest: jax.Array
+
+
+Power: TypeAlias = jax.Array | LowRank
+"""A power of factors: matrices, their diagonals, or `LowRank`."""
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
@@ -26,7 +43,7 @@ class Structure(NamedTuple):
       sizes: maps in_size + 1 and out_size to the sizes of the factors.
       measure: maps the taps of a layer's uses to the factors of one batch; `diagonals` tells which to keep only the
         diagonal of.
-      apply: multiplies matrices `(stack, in_size + 1, out_size)` by the factors.
+      apply: multiplies matrices `(stack, in_size + 1, out_size)` by powers of the factors.
 
     Example:
       >>> import optcurv
@@ -36,7 +53,7 @@ class Structure(NamedTuple):
 
     sizes: Callable[[int, int], tuple[int, ...]]
     measure: Callable[[Sequence[Tap], Sequence[bool]], Factors]
-    apply: Callable[[Factors, jax.Array], jax.Array]
+    apply: Callable[[tuple[Power, ...], jax.Array], jax.Array]
 
 
 def _kronecker_moments(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
@@ -58,10 +75,18 @@ def _second_moment(rows: jax.Array, diagonal: bool) -> jax.Array:
     return _einsum("bnpi,bnpi->bi" if diagonal else "bnpi,bnpj->bij", *(rows, rows))
 
 
-def _kronecker_product(factors: Factors, matrices: jax.Array) -> jax.Array:
-    inputs, outputs = factors
-    matrices = _einsum("bij,bjo->bio", inputs, matrices) if inputs.ndim == 3 else inputs[:, :, None] * matrices
-    return _einsum("bio,bop->bip", matrices, outputs) if outputs.ndim == 3 else matrices * outputs[:, None, :]
+def _kronecker_product(powers: tuple[Power, ...], matrices: jax.Array) -> jax.Array:
+    inputs, outputs = powers
+    return jnp.swapaxes(_times(outputs, jnp.swapaxes(_times(inputs, matrices), 1, 2)), 1, 2)
+
+
+def _times(power: Power, matrices: jax.Array) -> jax.Array:
+    if isinstance(power, LowRank):
+        coordinates = (power.values - power.rest[:, None])[:, :, None] * _einsum(
+            "bnr,bnm->brm", power.vectors, matrices
+        )
+        return power.rest[:, None, None] * matrices + _einsum("bnr,brm->bnm", power.vectors, coordinates)
+    return _einsum("bij,bjm->bim", power, matrices) if power.ndim == 3 else power[:, :, None] * matrices
 
 
 def _block_moment(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
@@ -71,11 +96,8 @@ def _block_moment(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
     return (_second_moment(flat, diagonals[0]) / flat.shape[1],)
 
 
-def _block_product(factors: Factors, matrices: jax.Array) -> jax.Array:
-    (factor,) = factors
-    flat = matrices.reshape(matrices.shape[0], -1)
-    product = _einsum("bij,bj->bi", factor, flat) if factor.ndim == 3 else factor * flat
-    return product.reshape(matrices.shape)
+def _block_product(powers: tuple[Power, ...], matrices: jax.Array) -> jax.Array:
+    return _times(powers[0], matrices.reshape(matrices.shape[0], -1, 1)).reshape(matrices.shape)
 
 
 KRONECKER = Structure(sizes=lambda rows, columns: (rows, columns), measure=_kronecker_moments, apply=_kronecker_product)
@@ -97,18 +119,22 @@ class Powers(NamedTuple):
       ages: steps since each group of factors of one size was decomposed; -1 before the first time.
     """
 
-    powers: dict[str, Factors]
+    powers: dict[str, tuple[Power, ...]]
     extremes: dict[str, Factors]
     ages: jax.Array
 
 
-def init_powers(factors: Mapping[str, Factors]) -> Powers:
-    """Returns identities."""
+def init_powers(factors: Mapping[str, Factors], rank: int | None = None) -> Powers:
+    """Returns identities; those of factors larger than twice the rank are `LowRank`."""
 
-    def identity(factor: jax.Array) -> jax.Array:
+    def identity(factor: jax.Array) -> Power:
         if factor.ndim == 2:
             return jnp.ones_like(factor)
-        return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+        stack, size, dtype = factor.shape[0], factor.shape[-1], factor.dtype
+        if rank is None or size <= 2 * rank:
+            return jnp.broadcast_to(jnp.eye(size, dtype=dtype), factor.shape)
+        vectors = jax.random.orthogonal(jax.random.key(0), size, (stack,), dtype, rank)
+        return LowRank(vectors, jnp.ones((stack, rank), dtype), jnp.ones(stack, dtype))
 
     return Powers(
         powers={path: tuple(map(identity, several)) for path, several in factors.items()},
@@ -131,7 +157,7 @@ def refresh_powers(
     count: jax.Array,
     usable: jax.Array,
 ) -> Powers:
-    r"""Takes the powers :math:`U (\Lambda + \lambda I)^p U^\top` of the factors that are due.
+    r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due.
 
     Factors of one size are decomposed together, in one batched call. Each such group is due every so many steps, the
     groups at different steps, and all of them at the very first steps, 0, 1, 2, 4, 8 and so on. The damping
@@ -143,23 +169,24 @@ def refresh_powers(
     turns = jnp.arange(state.ages.size) * every // state.ages.size
     is_early = (count < every) & (count & (count - 1) == 0)
     due = usable & (is_early | (count % every == turns) | (state.ages < 0))
-    powers = {path: list(several) for path, several in state.powers.items()}
-    extremes = {path: list(several) for path, several in state.extremes.items()}
+    # A group's powers and extremes, then each member's share of them.
+    places = {path: list(zip(state.powers[path], state.extremes[path], strict=True)) for path in factors}
     for number, members in enumerate(groups):
         now = jnp.concatenate([factors[path][i] for path, i in members])
-        before = tuple(
-            jnp.concatenate([kept[path][i] for path, i in members]) for kept in (state.powers, state.extremes)
-        )
+        before = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(places[path][i] for path, i in members))
         relative = jnp.asarray(damping, now.dtype) ** (1 / len(factors[members[0][0]]))
         take = functools.partial(damped_power, exponent=exponent, relative=relative, absolute_damping=absolute_damping)
-        after = jax.lax.cond(due[number], take, lambda _, before=before: before, now)
-        splits = list(itertools.accumulate(factors[path][i].shape[0] for path, i in members))[:-1]
-        for kept, several in zip((powers, extremes), after, strict=True):
-            for (path, i), part in zip(members, jnp.split(several, splits), strict=True):
-                kept[path][i] = part
+        after = jax.lax.cond(
+            due[number], lambda now, before, take=take: take(now, before[0]), lambda _, before: before, now, before
+        )
+        start = 0
+        for path, i in members:
+            end = start + factors[path][i].shape[0]
+            places[path][i] = jax.tree.map(lambda part, start=start, end=end: part[start:end], after)
+            start = end
     return Powers(
-        powers={path: tuple(several) for path, several in powers.items()},
-        extremes={path: tuple(several) for path, several in extremes.items()},
+        powers={path: tuple(power for power, _ in several) for path, several in places.items()},
+        extremes={path: tuple(extremes for _, extremes in several) for path, several in places.items()},
         ages=jnp.where(due, 0, jnp.where(state.ages < 0, -1, state.ages + 1)),
     )
 
@@ -174,20 +201,42 @@ def _groups(factors: Mapping[str, Factors]) -> list[list[tuple[str, int]]]:
 
 
 def damped_power(
-    factors: jax.Array, *, exponent: chex.Numeric, relative: jax.Array, absolute_damping: chex.Numeric
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the powers of a stack, and their extreme damped eigenvalues."""
-    if factors.ndim == 3:
+    factors: jax.Array,
+    previous: Power,
+    *,
+    exponent: chex.Numeric,
+    relative: jax.Array,
+    absolute_damping: chex.Numeric,
+) -> tuple[Power, jax.Array]:
+    """Returns the powers of a stack, in the form of the previous ones, and their extreme damped eigenvalues."""
+    trace = jnp.trace(factors, axis1=1, axis2=2) if factors.ndim == 3 else jnp.sum(factors, axis=1)
+    shift = (relative * trace / factors.shape[1] + absolute_damping)[:, None]
+
+    def damped(eigenvalues: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.maximum(eigenvalues, 0.0) + shift, _SMALLEST)  # rounding makes some negative
+
+    if isinstance(previous, LowRank):
+        vectors, values = _leading_eigenpairs(factors, previous.vectors)
+        rest = (trace[:, None] - jnp.sum(values, axis=1, keepdims=True)) / (factors.shape[1] - values.shape[1])
+        eigenvalues = damped(jnp.concatenate([rest, values], axis=1))
+        powers = eigenvalues**exponent
+        power = LowRank(vectors, powers[:, 1:], powers[:, 0])
+    elif factors.ndim == 3:
         eigenvalues, vectors = jnp.linalg.eigh(factors)
+        eigenvalues = damped(eigenvalues)
+        power = _einsum("bik,bk,bjk->bij", vectors, eigenvalues**exponent, vectors)
     else:
-        eigenvalues, vectors = factors, None
-    eigenvalues = jnp.maximum(eigenvalues, 0.0)  # rounding makes some negative
-    shift = relative * jnp.mean(eigenvalues, axis=-1, keepdims=True) + absolute_damping
-    damped = jnp.maximum(eigenvalues + shift, _SMALLEST)
-    extremes = jnp.stack([jnp.min(damped, axis=-1), jnp.max(damped, axis=-1)], axis=-1)
-    if vectors is None:
-        return damped**exponent, extremes
-    return _einsum("bik,bk,bjk->bij", vectors, damped**exponent, vectors), extremes
+        eigenvalues = damped(factors)
+        power = eigenvalues**exponent
+    return power, jnp.stack([jnp.min(eigenvalues, axis=1), jnp.max(eigenvalues, axis=1)], axis=1)
+
+
+def _leading_eigenpairs(matrices: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns approximate ones, by subspace iteration from what they were."""
+    for _ in range(2):
+        vectors, _ = jnp.linalg.qr(_einsum("bij,bjr->bir", matrices, vectors))
+    values, rotation = jnp.linalg.eigh(_einsum("bir,bij,bjs->brs", vectors, matrices, vectors))
+    return _einsum("bir,brs->bis", vectors, rotation), values
 
 
 _SMALLEST = 1e-18  # of a layer with no gradient at all: its inverse square still is a float32

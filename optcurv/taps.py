@@ -307,6 +307,7 @@ def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, l
     for kernel, several in sorted(uses.items()):
         bias = next(iter(biases[kernel])) if len(biases[kernel]) == 1 else None
         if bias is not None and (kernels_of[bias] > 1 or bias in uses):
+            reasons.setdefault(bias, "is added in several places")
             bias = None
         stack, in_size, out_size = jax.eval_shape(several[0].matrix, paths_and_leaves[kernel][1]).shape
         kind = "convolution" if _is_convolution(several[0].product) else "dense"

@@ -133,6 +133,7 @@ def scale_by_kronecker(
     labels: LabelSampler | None = None,
     layers: Layers | None = None,
     batch_size: int | None = None,
+    rank: int | None = None,
     max_factor_size: int = 8192,
     max_positions: int | None = None,
     seed: int = 0,
@@ -172,6 +173,8 @@ def scale_by_kronecker(
         alone is the output's, as those of dense layers and of ungrouped convolutions, and for no other arrays of more
         than one axis.
       batch_size: the number of examples whose mean the loss is; default: the leading axis of the layers' inputs.
+      rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
+        the previous ones; the other eigenvalues count as equal to their mean. Default: all eigenpairs, exactly.
       max_factor_size: of larger factors only the diagonal is kept.
       max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
       seed: of the sampled labels.
@@ -209,7 +212,7 @@ def scale_by_kronecker(
     check_number("damping", damping, minimum=0.0)
     check_number("absolute_damping", absolute_damping, minimum=0.0)
     counts = {"factor_every": factor_every, "root_every": root_every, "max_factor_size": max_factor_size}
-    optional_counts = {"batch_size": batch_size, "max_positions": max_positions}
+    optional_counts = {"batch_size": batch_size, "max_positions": max_positions, "rank": rank}
     for name, number in (counts | {name: n for name, n in optional_counts.items() if n is not None}).items():
         check_count(name, number)
     if not isinstance(structure, Structure):
@@ -230,10 +233,10 @@ def scale_by_kronecker(
         return ScaleByKroneckerState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(jax.random.key(seed)),
-            weight=zero(),
+            weight=jnp.zeros((), dtype),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
-            powers=init_powers(factors),
+            powers=init_powers(factors, rank if structure is KRONECKER else None),
             info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), jnp.ones((), bool)),
         )
 
@@ -311,7 +314,7 @@ def scale_by_kronecker(
         for i, (path, leaf) in enumerate(gradients.items()):
             if path in squares:
                 square = squares[path].reshape(1, -1) / weight_or_one.astype(squares[path].dtype)
-                root, extremes = damped_power(square, relative=relative.astype(square.dtype), **options)
+                root, extremes = damped_power(square, square, relative=relative.astype(square.dtype), **options)
                 results[i] = leaf * root.reshape(leaf.shape)
                 spectra.append(extremes)
         for layer in found.found if state.factors else ():

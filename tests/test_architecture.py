@@ -11,9 +11,9 @@ import optcurv
 
 FLOORS = [
     {"arguments", "jaxpr"},
-    {"curvature", "quadratic"},
-    {"krylov", "shapes"},
-    {"edf", "pal", "trust_region", "surface", "masking", "diagnostics"},
+    {"curvature", "quadratic", "switching", "taps"},
+    {"krylov", "kronecker", "shapes"},
+    {"edf", "pal", "trust_region", "tso_alra", "surface", "masking", "diagnostics"},
     {"__init__"},
 ]
 PACKAGE = pathlib.Path(optcurv.__file__).parent

@@ -1,0 +1,369 @@
+"""Layers found in a closure, against slow and independent ways to the same numbers."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import optcurv
+from optcurv.kronecker import KRONECKER
+from optcurv.taps import tap
+
+N = 5
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape), jnp.float32)
+
+
+def linen(module, *shape):
+    """Returns parameters, the network as a function of them and of inputs, and inputs."""
+    x = normal(*shape)
+    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape, seed=1), params)
+    return params, lambda params, x: module.apply({"params": params}, x), x
+
+
+class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        twice = nn.Dense(4)
+        return nn.Dense(2)(jnp.tanh(twice(jnp.tanh(twice(x)))))
+
+
+class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(jnp.tanh(nn.remat(nn.Dense)(4)(x)))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(4)(x)), None
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(2)(blocks()(x, None)[0])
+
+
+class Casts(nn.Module):
+    """The first kernel is bfloat16, the products are float32."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(4, param_dtype=jnp.bfloat16, dtype=jnp.float32)(x)))
+
+
+def nnx_network():
+    network = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+    graph, params = nnx.split(network)
+    return params, lambda params, x: nnx.merge(graph, params)(x), normal(N, 3)
+
+
+def by_hand(fn, **shapes):
+    return {name: normal(*shape, seed=2) for name, shape in shapes.items()}, fn, normal(N, 3)
+
+
+CONVOLUTIONS = {
+    "conv": lambda: linen(nn.Conv(4, (3, 3)), N, 6, 5, 2),
+    "conv-strided": lambda: linen(nn.Conv(4, (3, 2), strides=(2, 1), padding="VALID"), N, 6, 5, 2),
+    "conv-dilated": lambda: linen(
+        nn.Conv(4, (3, 3), kernel_dilation=2, input_dilation=(1, 2), padding=((2, 1), (0, 2))), N, 6, 5, 2
+    ),
+    "conv-grouped": lambda: linen(nn.Conv(6, (3, 3), feature_group_count=2), N, 6, 5, 4),
+    "conv-depthwise": lambda: linen(nn.Conv(8, (3, 3), feature_group_count=4), N, 6, 5, 4),
+    "conv-1d-causal": lambda: linen(nn.Conv(3, (3,), padding="CAUSAL"), N, 6, 2),
+}
+DENSE = {
+    "dense": lambda: linen(nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2, use_bias=False)]), N, 3),
+    "dense-on-sequences": lambda: linen(nn.Dense(2), N, 7, 3),
+    "dense-general": lambda: linen(nn.DenseGeneral((2, 3), axis=(-2, -1)), N, 4, 3, 2),
+    "attention": lambda: linen(nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4), N, 3, 4),
+    "shared": lambda: linen(Shared(), N, 4),
+}
+CELLS = {
+    "simple-cell": nn.SimpleCell(3),
+    "lstm": nn.LSTMCell(3),
+    "optimized-lstm": nn.OptimizedLSTMCell(3),
+    "gru": nn.GRUCell(3),
+}
+NETWORKS = {
+    **DENSE,
+    **CONVOLUTIONS,
+    **{name: lambda cell=cell: linen(nn.RNN(cell), N, 4, 2) for name, cell in CELLS.items()},
+    "remat": lambda: linen(Remat(), N, 3),
+    "scan-over-layers": lambda: linen(Stacked(), N, 4),
+    "casts": lambda: linen(Casts(), N, 3),
+    "nnx": nnx_network,
+    "einsum": lambda: by_hand(lambda p, x: jnp.einsum("nd,dk->nk", jnp.tanh(x @ p["w"]), p["v"]), w=(3, 4), v=(4, 2)),
+    "transposed": lambda: by_hand(lambda p, x: x @ p["w"].T, w=(4, 3)),
+    "kernel-first": lambda: by_hand(lambda p, x: jnp.einsum("kd,nd->kn", p["w"], x).T, w=(4, 3)),
+    "vmap": lambda: by_hand(lambda p, x: jax.vmap(lambda x: x @ p["w"] + p["b"])(x), w=(3, 4), b=(4,)),
+    "side-by-side": lambda: by_hand(lambda p, x: x @ jnp.concatenate([p["v"], p["w"]], axis=0), v=(1, 4), w=(2, 4)),
+    "loss-penalty": lambda: by_hand(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2) * 0, w=(3, 4)),
+}
+
+
+def mean_loss(network, x, targets):
+    per_example = lambda outputs: jnp.sum((jnp.tanh(outputs) * targets).reshape(N, -1), axis=1)  # noqa: E731
+    return lambda params: jnp.mean(per_example(network(params, x)))
+
+
+def problem(name):
+    params, network, x = NETWORKS[name]()
+    targets = normal(*jax.eval_shape(network, params, x).shape, seed=3)
+    return params, network, x, targets
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_per_example_gradients(name):
+    params, network, x, targets = problem(name)
+    one = lambda params, x, target: jnp.sum(jnp.tanh(network(params, x[None])[0]) * target)  # noqa: E731
+    expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
+    found, taps = tap(mean_loss(network, x, targets), params)
+    leaves = jax.tree.leaves(params)
+    assert {leaf for layer in found.found for leaf in (layer.kernel, layer.bias) if leaf is not None} == set(
+        range(len(leaves))
+    )
+    for layer, uses in zip(found.found, taps, strict=True):
+        actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
+        reference = jax.vmap(lambda gradient, layer=layer: layer.join(jax.tree.leaves(gradient)))(expected)
+        scale = jnp.abs(reference).max()
+        tolerance = 1e-2 if leaves[layer.kernel].dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(actual / scale, reference / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_split_undoes_join(name):
+    params, network, x, targets = problem(name)
+    leaves = jax.tree.leaves(params)
+    for layer in optcurv.layers(mean_loss(network, x, targets), params).found:
+        for place, leaf in layer.split(layer.join(leaves), leaves).items():
+            np.testing.assert_array_equal(leaf, leaves[place])
+
+
+# The factors, with inputs and outputs caught by Flax.
+
+
+def caught_factors(network, params, x, targets):
+    """Returns A and B of every kernel, by its path, from inputs and output gradients that Flax's interceptors see."""
+    kinds = (nn.Dense, nn.DenseGeneral, nn.Conv)
+    inputs, outputs = {}, {}
+
+    def run(perturbations):
+        seen, first = {}, not perturbations
+
+        def interceptor(call, args, kwargs, context):
+            result = call(*args, **kwargs)
+            if context.method_name != "__call__" or not isinstance(context.module, kinds):
+                return result
+            path = "".join(f"['{name}']" for name in (*context.module.path, "kernel"))
+            number = seen[path] = seen.get(path, -1) + 1
+            if first:
+                inputs.setdefault(path, {})[number] = rows_of(context.module, args[0])
+                outputs.setdefault(path, {})[number] = result.shape
+            return result + perturbations.get(path, {}).get(number, 0.0)
+
+        with nn.intercept_methods(interceptor):
+            return network(params, x)
+
+    run({})
+    perturbations = jax.tree.map(jnp.zeros, outputs, is_leaf=lambda shape: isinstance(shape, tuple))
+    gradient = jax.grad(
+        lambda perturbations: jnp.sum(jnp.tanh(run(perturbations)) * targets)  # of the sum: each example's own
+    )(perturbations)
+    factors = {}
+    for path, uses in gradient.items():
+        a = np.concatenate([inputs[path][number].reshape(-1, inputs[path][number].shape[-1]) for number in uses])
+        b = np.concatenate([use.reshape(-1, output_size(params, path)) for use in uses.values()])
+        a = np.concatenate([a, np.full((len(a), 1), params_at(params, path, "bias") is not None)], axis=1)
+        factors[path] = a.T @ a / N, b.T @ b / len(b)
+    return factors
+
+
+def params_at(params, path, name="kernel"):
+    for key in path.strip("[]'").split("']['")[:-1]:
+        params = params[key]
+    return params.get(name)
+
+
+def output_size(params, path):
+    kernel, bias = params_at(params, path), params_at(params, path, "bias")
+    return kernel.shape[-1] if bias is None else bias.size
+
+
+def rows_of(module, x):
+    """Returns what a module multiplies by its kernel, features last."""
+    if isinstance(module, nn.Conv):
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            module.kernel_size,
+            module.strides if isinstance(module.strides, tuple) else (module.strides,) * len(module.kernel_size),
+            padding=[(2, 0)] if module.padding == "CAUSAL" else module.padding,
+            lhs_dilation=as_tuple(module.input_dilation, module),
+            rhs_dilation=as_tuple(module.kernel_dilation, module),
+            dimension_numbers=("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NHC", "HIO", "NHC"),
+        )
+        channels = x.shape[-1]  # they come channel by channel, kernels are place by place
+        return jnp.swapaxes(patches.reshape(*patches.shape[:-1], channels, -1), -1, -2).reshape(patches.shape)
+    if isinstance(module, nn.DenseGeneral):
+        axes = [axis % x.ndim for axis in np.atleast_1d(module.axis)]
+        return x.reshape(*(n for axis, n in enumerate(x.shape) if axis not in axes), -1)
+    return x
+
+
+def as_tuple(number, module):
+    return number if isinstance(number, tuple) else (number or 1,) * len(module.kernel_size)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in (*DENSE, *CONVOLUTIONS) if name not in {"conv-grouped", "conv-depthwise"}]
+)
+def test_factors_equal_those_of_inputs_and_outputs_caught_by_flax(name):
+    params, network, x, targets = problem(name)
+    found, taps = tap(mean_loss(network, x, targets), params)
+    expected = caught_factors(network, params, x, targets)
+    assert expected.keys() == {layer.path for layer in found.found}
+    for layer, uses in zip(found.found, taps, strict=True):
+        for actual, reference in zip(KRONECKER.measure(uses, [False, False]), expected[layer.path], strict=True):
+            np.testing.assert_allclose(actual[0], reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("name", ["conv-grouped", "conv-depthwise"])
+def test_groups_have_the_factors_of_convolutions_of_their_own(name):
+    params, network, x, targets = problem(name)
+    groups = 2 if name == "conv-grouped" else 4
+    loss = mean_loss(network, x, targets)
+    (together,) = KRONECKER.measure(tap(loss, params)[1][0], [False, False])[:1]
+
+    def apart(split, x):
+        outputs = [
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+            for x, kernel, bias in zip(jnp.split(x, groups, -1), split["kernels"], split["biases"], strict=True)
+        ]
+        return jnp.concatenate(outputs, axis=-1)
+
+    split = {"kernels": jnp.split(params["kernel"], groups, -1), "biases": jnp.split(params["bias"], groups)}
+    found, taps = tap(mean_loss(apart, x, targets), split)
+    assert len(found.found) == groups
+    for group, uses in enumerate(taps):
+        np.testing.assert_allclose(together[group], KRONECKER.measure(uses, [False, False])[0][0], rtol=1e-5)
+
+
+# Loops.
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_scan_over_time_equals_the_unrolled_loop(name):
+    params, network, x, targets = problem(name)
+    cell = CELLS[name]
+
+    def unrolled(params, x):
+        carry, outputs = cell.initialize_carry(jax.random.key(0), x[:, 0].shape), []
+        for t in range(x.shape[1]):
+            carry, output = cell.apply({"params": params["cell"]}, carry, x[:, t])
+            outputs.append(output)
+        return jnp.stack(outputs, axis=1)
+
+    assert_same_factors(
+        tap(mean_loss(network, x, targets), params), tap(mean_loss(unrolled, x, targets), params), num_uses=x.shape[1]
+    )
+
+
+def assert_same_factors(looped, unrolled, num_uses):
+    found, taps = looped
+    assert [layer.path for layer in found.found] == [layer.path for layer in unrolled[0].found]
+    assert all(layer.num_uses == num_uses for layer in unrolled[0].found)
+    for uses, expected in zip(taps, unrolled[1], strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
+            KRONECKER.measure(uses, [False, False]),
+            KRONECKER.measure(expected, [False, False]),
+        )
+
+
+def test_scan_over_layers_equals_the_layers_one_by_one():
+    params, network, x, targets = problem("scan-over-layers")
+    stacked = params["ScanBlock_0"]["Dense_0"] if "ScanBlock_0" in params else next(iter(params.values()))["Dense_0"]
+
+    def one_by_one(layers, x):
+        for layer in layers["blocks"]:
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        return x @ layers["head"]["kernel"] + layers["head"]["bias"]
+
+    layers = {"blocks": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)], "head": params["Dense_0"]}
+    found, taps = tap(mean_loss(network, x, targets), params)
+    (index,) = [i for i, layer in enumerate(found.found) if layer.stack == 3]
+    factors = KRONECKER.measure(taps[index], [False, False])
+    _, apart = tap(mean_loss(one_by_one, x, targets), layers)
+    for i in range(3):
+        for stack, alone in zip(factors, KRONECKER.measure(apart[i], [False, False]), strict=True):
+            np.testing.assert_allclose(stack[i], alone[0], rtol=1e-4, atol=1e-6)
+
+
+# What is no layer, and what cannot be told.
+
+
+def test_table_says_why_a_parameter_is_in_no_layer():
+    def loss(p):
+        x = p["table"][jnp.arange(5)] * p["scale"]
+        tied = jnp.tanh(x @ p["tied"]) @ p["tied"].T
+        return jnp.mean(jnp.tanh(tied @ p["w"] + p["shared"]) + (x @ p["v"] + p["shared"]))
+
+    shapes = {"table": (7, 3), "scale": (3,), "tied": (3, 4), "w": (3, 2), "shared": (2,), "v": (3, 2), "unused": (2,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    rows = [re.split(r"  +", line) for line in str(optcurv.layers(loss, params)).splitlines()]
+    assert rows == [
+        ["parameter", "kind", "factors"],
+        ["['v']", "dense", "(3, 2)"],
+        ["['w']", "dense", "(3, 2)"],
+        ["['scale']", "diagonal", "goes into mul"],
+        ["['shared']", "diagonal", "is added in several places"],
+        ["['table']", "diagonal", "goes into gather"],
+        ["['tied']", "diagonal", "multiplies activations in several layouts"],
+        ["['unused']", "diagonal", "in no layer"],
+    ]
+
+
+def test_number_of_examples():
+    params = {"v": normal(3, 4), "w": normal(4, 2)}
+    x = normal(N, 6, 3)
+
+    def tokens(p):  # examples times positions from the second layer on
+        return jnp.mean(jnp.tanh(x @ p["v"]).reshape(N * 6, 4) @ p["w"])
+
+    def time_first(p):
+        return jnp.mean(jnp.tanh(jnp.swapaxes(x, 0, 1) @ p["v"]) @ p["w"])
+
+    with pytest.raises(ValueError, match=r"leading axes of sizes 5 \(\['v'\]\), 30 .*Pass batch_size"):
+        tap(tokens, params)
+    _, expected = tap(lambda p: jnp.mean(jnp.tanh(x @ p["v"]) @ p["w"]), params)
+    for loss in (tokens, time_first):
+        _, taps = tap(loss, params, batch_size=N)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), taps, expected)
+    with pytest.raises(ValueError, match="hold no 7 examples"):
+        tap(tokens, params, batch_size=7)
+
+
+def test_a_grid_of_positions_stands_for_all():
+    """Where all patches of an image are alike, any of them will do."""
+    images = jnp.ones((N, 12, 12, 2)) * normal(N, 1, 1, 1)
+    conv = nn.Conv(3, (3, 3), padding="VALID")
+    params = conv.init(jax.random.key(0), images)["params"]
+    loss = lambda p: jnp.mean(conv.apply({"params": p}, images) ** 2)  # noqa: E731
+    (whole,), (grid,) = tap(loss, params)[1][0], tap(loss, params, max_positions=9)[1][0]
+    assert whole.inputs.shape[2] == 100
+    assert grid.inputs.shape[2] == 9
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        KRONECKER.measure([grid], [False, False]),
+        KRONECKER.measure([whole], [False, False]),
+    )

@@ -1,0 +1,267 @@
+"""The preconditioner against dense Fisher matrices, and the two stages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.linalg
+
+import optcurv
+from tests import problems
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape))
+
+
+def two_layers(num_examples=7):
+    """A network with biases, its loss on a batch of a given seed, and by hand what its layers see of that batch."""
+    params = {"b": {"bias": normal(2) * 0.1, "kernel": normal(3, 2)}, "a": {"bias": normal(3), "kernel": normal(4, 3)}}
+
+    def loss_of(seed):
+        x, y = normal(num_examples, 4, seed=seed), normal(num_examples, 2, seed=seed + 50)
+
+        def model_fn(p):
+            return jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"] + p["b"]["bias"]
+
+        return optcurv.Composite(model_fn, lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=1)))
+
+    def layer_moments(p, seed):
+        """Inputs and output gradients by hand, per layer."""
+        x, y = normal(num_examples, 4, seed=seed), normal(num_examples, 2, seed=seed + 50)
+        hidden = jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
+        last = hidden @ p["b"]["kernel"] + p["b"]["bias"] - y
+        first = (last @ p["b"]["kernel"].T) * (1 - hidden**2)
+        ones = np.ones((num_examples, 1))
+        return {
+            "a": (np.concatenate([x, ones], axis=1), np.asarray(first)),
+            "b": (np.concatenate([hidden, ones], axis=1), np.asarray(last)),
+        }
+
+    return params, loss_of, layer_moments
+
+
+def matrix_of(layer):
+    return np.concatenate([layer["kernel"], layer["bias"][None]])
+
+
+def inverse_root(matrix, power, damping):
+    damped = matrix + damping * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+    return np.real(scipy.linalg.fractional_matrix_power(damped, power))
+
+
+@pytest.mark.parametrize("power", [-0.5, -1.0])
+@pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.BLOCK])
+def test_update_equals_the_dense_fisher_matrix_to_a_power(structure, power):
+    with jax.enable_x64(True):
+        params, loss_of, layer_moments = two_layers()
+        decay, damping = 0.8, 0.04
+        optimizer = optcurv.scale_by_kronecker(
+            power, factor_decay=decay, factor_every=1, root_every=1, damping=damping, structure=structure
+        )
+        state = optimizer.init(params)
+        sums, weight = {}, 0.0
+        for seed in range(3):
+            loss = loss_of(seed)
+            gradient = jax.grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params, value_fn=loss)
+            weight = decay * weight + 1 - decay
+            for name, (a, b) in layer_moments(params, seed).items():
+                per_example = np.einsum("ni,no->nio", a, b).reshape(len(a), -1)
+                now = (
+                    (a.T @ a / len(a), b.T @ b / len(b))
+                    if structure is optcurv.KRONECKER
+                    else (per_example.T @ per_example / len(a),)
+                )
+                before = sums.get(name, [0.0] * len(now))
+                sums[name] = [decay * old + (1 - decay) * new for old, new in zip(before, now, strict=True)]
+                roots = [inverse_root(factor / weight, power, damping ** (1 / len(now))) for factor in sums[name]]
+                dense = np.kron(*roots) if structure is optcurv.KRONECKER else roots[0]
+                expected = dense @ matrix_of(gradient[name]).reshape(-1)
+                np.testing.assert_allclose(matrix_of(updates[name]).reshape(-1), expected, rtol=1e-7, atol=1e-10)
+
+
+def test_diagonal_is_rmsprop_per_example():
+    params, loss_of, _ = two_layers()
+    gradient = jax.grad(loss_of(0))(params)
+    optimizer = optcurv.scale_by_kronecker(structure=optcurv.DIAGONAL, damping=0.0, absolute_damping=1e-6)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params, value_fn=loss_of(0))
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, g / np.sqrt(7 * g**2 + 1e-6), rtol=1e-4), updates, gradient)
+
+
+def unit_problem():
+    """Inputs and output gradients whose second moments are the identity."""
+    x, targets = 2 * jnp.eye(4), 2 * jnp.eye(4)[:, ::-1]
+    params = {"w": normal(4, 4).astype(jnp.float32)}
+    return params, lambda p: jnp.mean(jnp.sum((x @ p["w"]) * targets, axis=1))
+
+
+@pytest.mark.parametrize("power", [-0.5, -1.0])
+def test_with_unit_factors_it_is_sgd_bit_for_bit(power):
+    params, loss = unit_problem()
+    optimizer = optcurv.scale_by_kronecker(power, damping=0.0)
+    gradient = jax.grad(loss)(params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params, value_fn=loss)
+    np.testing.assert_array_equal(updates["w"], gradient["w"])
+
+
+def test_after_the_switch_it_is_sgd_bit_for_bit():
+    schedule = optax.cosine_decay_schedule(0.1, 20)
+    optimizer, sgd = optcurv.tso_alra(schedule, when=3, momentum=0.9), optax.sgd(schedule)
+    params = problems.network_params()
+    state, sgd_state = optimizer.init(params), sgd.init(params)
+    for n in range(8):
+        loss = problems.network_loss(problems.blobs(seed=n))
+        gradient = jax.grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params, value_fn=loss)
+        expected, sgd_state = sgd.update(gradient, sgd_state, params)
+        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), updates, expected)
+        assert all(jax.tree.leaves(same)) == (n >= 3)
+        params = optax.apply_updates(params, updates)
+
+
+def test_first_stage_is_bounded_and_has_momentum():
+    params, loss = unit_problem()
+    optimizer = optcurv.tso_alra(
+        0.1, when=9, momentum=0.5, max_update_norm=1.0, preconditioner=optcurv.scale_by_kronecker(damping=0.0)
+    )
+    state = optimizer.init(params)
+    for factor in (1.0, 1.5):  # 1, and 1 + 0.5
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        np.testing.assert_allclose(optax.tree.norm(updates), 0.1 * factor, rtol=1e-6)
+
+
+def test_preconditioned_gradients_are_white():
+    """The covariance of single examples' gradients becomes the identity (Theorem 2)."""
+    rng = np.random.default_rng(0)
+    inputs, outputs = rng.normal(size=(5, 4)), rng.normal(size=(3, 2))
+    num = 20_000
+    x = jnp.asarray(rng.normal(size=(num, 5)) @ inputs, jnp.float32)
+    c = jnp.asarray(rng.normal(size=(num, 3)) @ outputs, jnp.float32)
+    params = {"w": jnp.zeros((4, 2))}
+    optimizer = optcurv.scale_by_kronecker(damping=0.0)
+    loss = lambda p: jnp.mean(jnp.sum((x @ p["w"]) * c, axis=1))  # noqa: E731
+    _, state = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
+    gradients = {"w": jnp.einsum("ni,no->nio", x, c)}
+    white, _ = jax.vmap(lambda g: optimizer.update(g, state, params, value_fn=loss))(gradients)
+    flat = white["w"].reshape(num, -1)
+    np.testing.assert_allclose(flat.T @ flat / num, np.eye(8), atol=5 * np.sqrt(2 / num))
+
+
+def test_root_of_the_factors_keeps_the_length_in_the_fishers_norm():
+    """‖F^{-1/2} u‖ in the norm of F is ‖u‖."""
+    params, loss_of, layer_moments = two_layers()
+    optimizer = optcurv.scale_by_kronecker(damping=0.0)
+    u = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=9), params)
+    moved, _ = optimizer.update(u, optimizer.init(params), params, value_fn=loss_of(0))
+    for name, (a, b) in layer_moments(params, 0).items():
+        matrix = matrix_of(moved[name])
+        length = np.einsum("io,ij,jp,op->", matrix, a.T @ a / len(a), matrix, b.T @ b / len(b))
+        np.testing.assert_allclose(length, np.sum(matrix_of(u[name]) ** 2), rtol=1e-3)
+
+
+# Choices.
+
+
+def first_update(params, loss, curvature_fn=None, **options):
+    optimizer = optcurv.scale_by_kronecker(**options)
+    extra = {} if curvature_fn is None else {"curvature_fn": curvature_fn}
+    return optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss, **extra)
+
+
+def test_factors_above_the_limit_keep_their_diagonal():
+    params, loss_of, layer_moments = two_layers()
+    updates, _ = first_update(params, loss_of(0), max_factor_size=4, damping=0.04)
+    gradient, (a, b) = jax.grad(loss_of(0))(params), layer_moments(params, 0)["a"]
+    second = np.mean(a**2, axis=0)
+    left = (second + 0.2 * second.mean()) ** -0.5
+    expected = left[:, None] * matrix_of(gradient["a"]) @ inverse_root(b.T @ b / len(b), -0.5, 0.2)
+    np.testing.assert_allclose(matrix_of(updates["a"]), expected, rtol=1e-4)
+
+
+def test_block_above_the_limit_is_refused():
+    with pytest.raises(ValueError, match=r"block of \['a'\]\['kernel'\] would be a matrix of 15 x 15"):
+        first_update(two_layers()[0], two_layers()[1](0), structure=optcurv.BLOCK, max_factor_size=10)
+
+
+def test_sampled_labels_give_the_true_fisher_matrix():
+    """For a softmax regression E[ββᵀ] is the mean of diag(p) - ppᵀ, whatever the labels are."""
+    x, params = normal(4000, 4), {"kernel": normal(4, 3), "bias": normal(3)}
+    params, x = jax.tree.map(lambda leaf: 0.5 * leaf.astype(jnp.float32), (params, x))
+    model_fn = lambda p: x @ p["kernel"] + p["bias"]  # noqa: E731
+    wrong = jnp.argmin(model_fn(params), axis=1)
+    loss = optcurv.Composite(model_fn, lambda logits: problems.cross_entropy(logits, wrong))
+    _, state = first_update(params, loss, labels=optcurv.sample_categorical)
+    p = jax.nn.softmax(model_fn(params))
+    expected = jnp.mean(jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(p), axis=0)
+    actual = state.factors["['kernel']"][1][0] / state.weight
+    np.testing.assert_allclose(actual, expected, atol=0.03)
+    _, empirical = first_update(params, loss)
+    assert not np.allclose(empirical.factors["['kernel']"][1][0] / empirical.weight, expected, atol=0.1)
+
+
+def test_sampled_gaussians_have_the_identity_for_fisher_matrix():
+    params, loss_of, _ = two_layers(num_examples=5000)
+    _, state = first_update(params, loss_of(0), labels=optcurv.sample_gaussian)
+    np.testing.assert_allclose(state.factors["['b']['kernel']"][1][0] / state.weight, np.eye(2), atol=0.1)
+
+
+def test_drawn_labels_need_a_composite():
+    params, loss = unit_problem()
+    with pytest.raises(TypeError, match=r"optcurv\.Composite"):
+        first_update(params, loss, labels=optcurv.sample_categorical)
+
+
+def test_given_layers_make_the_state_for_any_kernel():
+    x = normal(6, 5, 4).astype(jnp.float32)
+    params = {"q": normal(4, 2, 3).astype(jnp.float32), "table": normal(9, 2).astype(jnp.float32)}
+    loss = lambda p: jnp.mean(jnp.einsum("nti,ihk->nthk", x, p["q"]) ** 2) + jnp.mean(p["table"][:3] ** 2)  # noqa: E731
+    with pytest.raises(ValueError, match=r"make the\s+optimiser with layers=optcurv.layers"):
+        first_update(params, loss)
+    updates, state = first_update(params, loss, layers=optcurv.layers(loss, params))
+    assert [factor.shape for factor in state.factors["['q']"]] == [(1, 5, 5), (1, 6, 6)]
+    assert state.squares.keys() == {"['table']"}
+    assert jnp.all(jnp.isfinite(updates["q"]))
+
+
+def test_statistics_that_are_not_finite_are_not_averaged_in():
+    params, loss_of, _ = two_layers()
+    optimizer = optcurv.scale_by_kronecker(factor_every=1)
+    _, state = optimizer.update(jax.grad(loss_of(0))(params), optimizer.init(params), params, value_fn=loss_of(0))
+    poisoned = lambda p: loss_of(1)(p) * jnp.nan  # noqa: E731
+    updates, after = optimizer.update(jax.grad(loss_of(1))(params), state, params, value_fn=poisoned)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.factors, after.squares, after.weight),
+        (state.factors, state.squares, state.weight),
+    )
+    assert bool(after.info.finite)  # the gradient was
+    assert optax.tree.norm(updates) > 0
+
+
+def test_curvature_closure_gives_the_factors():
+    params, loss_of, _ = two_layers()
+    _, expected = first_update(params, loss_of(1))
+    _, state = first_update(params, loss_of(0), curvature_fn=loss_of(1))
+    jax.tree.map(np.testing.assert_array_equal, state.factors, expected.factors)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"power": 0.0}, ValueError, "power must be negative"),
+        ({"power": 0.5}, ValueError, "power must be negative"),
+        ({"damping": -1.0}, ValueError, "damping"),
+        ({"absolute_damping": -1.0}, ValueError, "absolute_damping"),
+        ({"factor_decay": 1.5}, ValueError, "factor_decay"),
+        ({"root_every": 0}, ValueError, "root_every must be at least 1"),
+        ({"factor_every": 1.0}, TypeError, "factor_every must be a Python int"),
+        ({"max_factor_size": 0}, ValueError, "max_factor_size"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"structure": "kronecker"}, TypeError, r"optcurv\.KRONECKER"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        optcurv.scale_by_kronecker(**options)
