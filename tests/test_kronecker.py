@@ -1,5 +1,7 @@
 """Damped powers of factors against SciPy, and when they are taken."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,7 @@ def test_rounding_below_zero_and_a_layer_without_gradient_stay_finite():
         assert jnp.all(jnp.isfinite(powers))
 
 
+@functools.partial(jax.jit, static_argnames="every")
 def refresh(state, several, count, every=8, usable=True):
     return refresh_powers(
         state,

@@ -117,6 +117,11 @@ def mean_loss(network, x, targets):
     return lambda params: jnp.mean(per_example(network(params, x)))
 
 
+def tapped(loss, params, **options):
+    """`tap`, compiled."""
+    return optcurv.layers(loss, params), jax.jit(lambda params: tap(loss, params, **options)[1])(params)
+
+
 def problem(name):
     params, network, x = NETWORKS[name]()
     targets = normal(*jax.eval_shape(network, params, x).shape, seed=3)
@@ -127,8 +132,8 @@ def problem(name):
 def test_per_example_gradients(name):
     params, network, x, targets = problem(name)
     one = lambda params, x, target: jnp.sum(jnp.tanh(network(params, x[None])[0]) * target)  # noqa: E731
-    expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
-    found, taps = tap(mean_loss(network, x, targets), params)
+    expected = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(params, x, targets)
+    found, taps = tapped(mean_loss(network, x, targets), params)
     leaves = jax.tree.leaves(params)
     assert {leaf for layer in found.found for leaf in (layer.kernel, layer.bias) if leaf is not None} == set(
         range(len(leaves))
@@ -229,7 +234,7 @@ def as_tuple(number, module):
 )
 def test_factors_equal_those_of_inputs_and_outputs_caught_by_flax(name):
     params, network, x, targets = problem(name)
-    found, taps = tap(mean_loss(network, x, targets), params)
+    found, taps = tapped(mean_loss(network, x, targets), params)
     expected = caught_factors(network, params, x, targets)
     assert expected.keys() == {layer.path for layer in found.found}
     for layer, uses in zip(found.found, taps, strict=True):
@@ -242,7 +247,7 @@ def test_groups_have_the_factors_of_convolutions_of_their_own(name):
     params, network, x, targets = problem(name)
     groups = 2 if name == "conv-grouped" else 4
     loss = mean_loss(network, x, targets)
-    (together,) = KRONECKER.measure(tap(loss, params)[1][0], [False, False])[:1]
+    (together,) = KRONECKER.measure(tapped(loss, params)[1][0], [False, False])[:1]
 
     def apart(split, x):
         outputs = [
@@ -252,7 +257,7 @@ def test_groups_have_the_factors_of_convolutions_of_their_own(name):
         return jnp.concatenate(outputs, axis=-1)
 
     split = {"kernels": jnp.split(params["kernel"], groups, -1), "biases": jnp.split(params["bias"], groups)}
-    found, taps = tap(mean_loss(apart, x, targets), split)
+    found, taps = tapped(mean_loss(apart, x, targets), split)
     assert len(found.found) == groups
     for group, uses in enumerate(taps):
         np.testing.assert_allclose(together[group], KRONECKER.measure(uses, [False, False])[0][0], rtol=1e-5)
@@ -274,7 +279,9 @@ def test_scan_over_time_equals_the_unrolled_loop(name):
         return jnp.stack(outputs, axis=1)
 
     assert_same_factors(
-        tap(mean_loss(network, x, targets), params), tap(mean_loss(unrolled, x, targets), params), num_uses=x.shape[1]
+        tapped(mean_loss(network, x, targets), params),
+        tapped(mean_loss(unrolled, x, targets), params),
+        num_uses=x.shape[1],
     )
 
 
@@ -300,10 +307,10 @@ def test_scan_over_layers_equals_the_layers_one_by_one():
         return x @ layers["head"]["kernel"] + layers["head"]["bias"]
 
     layers = {"blocks": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)], "head": params["Dense_0"]}
-    found, taps = tap(mean_loss(network, x, targets), params)
+    found, taps = tapped(mean_loss(network, x, targets), params)
     (index,) = [i for i, layer in enumerate(found.found) if layer.stack == 3]
     factors = KRONECKER.measure(taps[index], [False, False])
-    _, apart = tap(mean_loss(one_by_one, x, targets), layers)
+    _, apart = tapped(mean_loss(one_by_one, x, targets), layers)
     for i in range(3):
         for stack, alone in zip(factors, KRONECKER.measure(apart[i], [False, False]), strict=True):
             np.testing.assert_allclose(stack[i], alone[0], rtol=1e-4, atol=1e-6)

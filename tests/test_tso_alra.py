@@ -15,21 +15,27 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape))
 
 
+def data(seed, num_examples):
+    return normal(num_examples, 4, seed=seed), normal(num_examples, 2, seed=seed + 50)
+
+
+def loss_on(x, y):
+    def model_fn(p):
+        return jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"] + p["b"]["bias"]
+
+    return optcurv.Composite(model_fn, lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=1)))
+
+
 def two_layers(num_examples=7):
     """A network with biases, its loss on a batch of a given seed, and by hand what its layers see of that batch."""
     params = {"b": {"bias": normal(2) * 0.1, "kernel": normal(3, 2)}, "a": {"bias": normal(3), "kernel": normal(4, 3)}}
 
     def loss_of(seed):
-        x, y = normal(num_examples, 4, seed=seed), normal(num_examples, 2, seed=seed + 50)
-
-        def model_fn(p):
-            return jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"] + p["b"]["bias"]
-
-        return optcurv.Composite(model_fn, lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=1)))
+        return loss_on(*data(seed, num_examples))
 
     def layer_moments(p, seed):
         """Inputs and output gradients by hand, per layer."""
-        x, y = normal(num_examples, 4, seed=seed), normal(num_examples, 2, seed=seed + 50)
+        x, y = data(seed, num_examples)
         hidden = jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
         last = hidden @ p["b"]["kernel"] + p["b"]["bias"] - y
         first = (last @ p["b"]["kernel"].T) * (1 - hidden**2)
@@ -55,17 +61,23 @@ def inverse_root(matrix, power, damping):
 @pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.BLOCK])
 def test_update_equals_the_dense_fisher_matrix_to_a_power(structure, power):
     with jax.enable_x64(True):
-        params, loss_of, layer_moments = two_layers()
+        params, _, layer_moments = two_layers()
         decay, damping = 0.8, 0.04
         optimizer = optcurv.scale_by_kronecker(
             power, factor_decay=decay, factor_every=1, root_every=1, damping=damping, structure=structure
         )
         state = optimizer.init(params)
         sums, weight = {}, 0.0
-        for seed in range(3):
-            loss = loss_of(seed)
+
+        @jax.jit
+        def step(state, seed_data):
+            x, y = seed_data
+            loss = loss_on(x, y)
             gradient = jax.grad(loss)(params)
-            updates, state = optimizer.update(gradient, state, params, value_fn=loss)
+            return gradient, *optimizer.update(gradient, state, params, value_fn=loss)
+
+        for seed in range(3):
+            gradient, updates, state = step(state, data(seed, 7))
             weight = decay * weight + 1 - decay
             for name, (a, b) in layer_moments(params, seed).items():
                 per_example = np.einsum("ni,no->nio", a, b).reshape(len(a), -1)
@@ -85,8 +97,7 @@ def test_update_equals_the_dense_fisher_matrix_to_a_power(structure, power):
 def test_diagonal_is_rmsprop_per_example():
     params, loss_of, _ = two_layers()
     gradient = jax.grad(loss_of(0))(params)
-    optimizer = optcurv.scale_by_kronecker(structure=optcurv.DIAGONAL, damping=0.0, absolute_damping=1e-6)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params, value_fn=loss_of(0))
+    updates, _ = first_update(params, loss_of(0), structure=optcurv.DIAGONAL, damping=0.0, absolute_damping=1e-6)
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, g / np.sqrt(7 * g**2 + 1e-6), rtol=1e-4), updates, gradient)
 
 
@@ -100,10 +111,8 @@ def unit_problem():
 @pytest.mark.parametrize("power", [-0.5, -1.0])
 def test_with_unit_factors_it_is_sgd_bit_for_bit(power):
     params, loss = unit_problem()
-    optimizer = optcurv.scale_by_kronecker(power, damping=0.0)
-    gradient = jax.grad(loss)(params)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params, value_fn=loss)
-    np.testing.assert_array_equal(updates["w"], gradient["w"])
+    updates, _ = first_update(params, loss, power=power, damping=0.0)
+    np.testing.assert_array_equal(updates["w"], jax.grad(loss)(params)["w"])
 
 
 def test_after_the_switch_it_is_sgd_bit_for_bit():
@@ -111,14 +120,19 @@ def test_after_the_switch_it_is_sgd_bit_for_bit():
     optimizer, sgd = optcurv.tso_alra(schedule, when=3, momentum=0.9), optax.sgd(schedule)
     params = problems.network_params()
     state, sgd_state = optimizer.init(params), sgd.init(params)
-    for n in range(8):
-        loss = problems.network_loss(problems.blobs(seed=n))
+
+    @jax.jit
+    def step(params, state, sgd_state, batch):
+        loss = problems.network_loss(batch)
         gradient = jax.grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params, value_fn=loss)
         expected, sgd_state = sgd.update(gradient, sgd_state, params)
-        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), updates, expected)
+        same = jax.tree.map(lambda a, b: jnp.all(a == b), updates, expected)
+        return optax.apply_updates(params, updates), state, sgd_state, same
+
+    for n in range(8):
+        params, state, sgd_state, same = step(params, state, sgd_state, problems.blobs(seed=n))
         assert all(jax.tree.leaves(same)) == (n >= 3)
-        params = optax.apply_updates(params, updates)
 
 
 def test_first_stage_is_bounded_and_has_momentum():
@@ -142,9 +156,10 @@ def test_preconditioned_gradients_are_white():
     params = {"w": jnp.zeros((4, 2))}
     optimizer = optcurv.scale_by_kronecker(damping=0.0)
     loss = lambda p: jnp.mean(jnp.sum((x @ p["w"]) * c, axis=1))  # noqa: E731
-    _, state = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
+    _, state = first_update(params, loss, damping=0.0)
     gradients = {"w": jnp.einsum("ni,no->nio", x, c)}
-    white, _ = jax.vmap(lambda g: optimizer.update(g, state, params, value_fn=loss))(gradients)
+    update = lambda gradient: optimizer.update(gradient, state, params, value_fn=loss)[0]  # noqa: E731
+    white = jax.jit(jax.vmap(update))(gradients)
     flat = white["w"].reshape(num, -1)
     np.testing.assert_allclose(flat.T @ flat / num, np.eye(8), atol=5 * np.sqrt(2 / num))
 
@@ -167,7 +182,12 @@ def test_root_of_the_factors_keeps_the_length_in_the_fishers_norm():
 def first_update(params, loss, curvature_fn=None, **options):
     optimizer = optcurv.scale_by_kronecker(**options)
     extra = {} if curvature_fn is None else {"curvature_fn": curvature_fn}
-    return optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss, **extra)
+
+    @jax.jit
+    def update(params):
+        return optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss, **extra)
+
+    return update(params)
 
 
 def test_factors_above_the_limit_keep_their_diagonal():
@@ -228,9 +248,14 @@ def test_given_layers_make_the_state_for_any_kernel():
 def test_statistics_that_are_not_finite_are_not_averaged_in():
     params, loss_of, _ = two_layers()
     optimizer = optcurv.scale_by_kronecker(factor_every=1)
-    _, state = optimizer.update(jax.grad(loss_of(0))(params), optimizer.init(params), params, value_fn=loss_of(0))
-    poisoned = lambda p: loss_of(1)(p) * jnp.nan  # noqa: E731
-    updates, after = optimizer.update(jax.grad(loss_of(1))(params), state, params, value_fn=poisoned)
+
+    @jax.jit
+    def update(state, poison):
+        loss = lambda p: loss_of(1)(p) * poison  # noqa: E731
+        return optimizer.update(jax.grad(loss_of(1))(params), state, params, value_fn=loss)
+
+    _, state = update(optimizer.init(params), 1.0)
+    updates, after = update(state, jnp.nan)
     jax.tree.map(
         np.testing.assert_array_equal,
         (after.factors, after.squares, after.weight),
