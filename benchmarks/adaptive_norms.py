@@ -1,19 +1,14 @@
 """Reproduces the three figures of "Adaptive norms for deep learning with regularized Newton methods", in small."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from benchmarks import data, hessian_mass, quadratics, trust_regions
 from benchmarks.claims import Claim, claims_table
 from benchmarks.plots import Column, plot_masses, plot_quadratics, plot_training
-from benchmarks.report import environment, print_table, write_json, write_table
+from benchmarks.report import progress_bar, write
 
 _AXES = ("gradients", "epochs", "seconds")
 
@@ -95,19 +90,3 @@ def figure_3(folder: Path, dataset_name: str, dataset: data.Dataset, *, quick: b
 def _column(measured: trust_regions.Measured, axis: str, title: str = "") -> Column:
     runs = {result.method.name: result.shown for result in measured.results}
     return Column(title, axis, measured.progress, measured.target, runs)
-
-
-def write(stem: Path, table: Table, content: dict[str, Any]) -> None:
-    """Prints a table, writes it as text, and writes what was measured as JSON."""
-    print_table(table)
-    write_table(stem.with_suffix(".txt"), table)
-    write_json(stem.with_suffix(".json"), {"environment": environment()} | content)
-
-
-@contextmanager
-def progress_bar(num_runs: int) -> Iterator[Callable[[str], None]]:
-    """Shows a bar; yields a function that is called after each run, with a word on it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=num_runs)
-        yield lambda what: progress.update(bar, advance=1, description=what)

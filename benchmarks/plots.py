@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks import hessian_mass, quadratics
+from benchmarks import hessian_mass, quadratics, two_stages
 from benchmarks.claims import mean_interval
 from benchmarks.training import Run
 
@@ -183,7 +183,7 @@ def plot_training(path: Path, title: str, columns: Sequence[Column]) -> None:
 def _draw_band(panel: Axes, x: np.ndarray, band: np.ndarray, name: str, style: Mapping[str, Any]) -> None:
     """Draws a line between two bounds, the rows of the band being lower bound, line and upper bound."""
     low, line, high = band
-    panel.plot(x, line, label=name, markevery=len(x) // 8, **style)
+    panel.plot(x, line, label=name, markevery=max(1, len(x) // 8), **style)
     panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
@@ -191,3 +191,21 @@ def _on_common_axis(runs: Sequence[Run], axis: str, figure: str) -> tuple[np.nda
     """Interpolates a figure of each run, which was evaluated at points of its own, to as far as all came."""
     x = np.linspace(0, min(run.final(axis) for run in runs), 81)
     return x, np.array([np.interp(x, run.evaluations[axis], run.evaluations[figure]) for run in runs])
+
+
+def plot_stages(path: Path, title: str, results: Sequence[two_stages.Result]) -> None:
+    """Draws the test loss of each family against epochs and seconds: mean over the seeds and its 95 % interval."""
+    figure = _figure(11, 5.5)
+    panels = figure.subplots(1, 2, sharey=True)
+    for result, style in zip(results, _styles(), strict=False):
+        for panel, axis in zip(panels, ("epochs", "seconds"), strict=True):
+            x = np.mean([run.evaluations[axis] for run in result.final], axis=0)
+            mean, half_width = mean_interval([run.evaluations["test_loss"] for run in result.final])
+            _draw_band(panel, x, np.array([mean - half_width, mean, mean + half_width]), result.family.name, style)
+    for panel, label in zip(panels, ("epochs", _AXES["seconds"]), strict=True):
+        panel.set_xlabel(label)
+        _log_axis(panel)
+    panels[0].set_ylabel("test loss (negative log-likelihood)")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
+    _save(figure, path)

@@ -1,4 +1,4 @@
-"""What every job writes: JSON with the surroundings of the measurement, and tables."""
+"""What every job shows and writes: progress, tables, and JSON with the surroundings of the measurement."""
 
 import importlib.metadata
 import json
@@ -6,11 +6,14 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 _PACKAGES = ("optcurv", "jax", "jaxlib", "optax", "flax", "numpy")
@@ -50,6 +53,22 @@ def write_table(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         Console(file=file, width=_TEXT_WIDTH).print(table)
+
+
+def write(stem: Path, table: Table, content: dict[str, Any]) -> None:
+    """Prints a table, writes it as text, and writes what was measured as JSON."""
+    print_table(table)
+    write_table(stem.with_suffix(".txt"), table)
+    write_json(stem.with_suffix(".json"), {"environment": environment()} | content)
+
+
+@contextmanager
+def progress_bar(num_runs: int) -> Iterator[Callable[[str], None]]:
+    """Shows a bar; yields a function that is called after each run, with a word on it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=num_runs)
+        yield lambda what: progress.update(bar, advance=1, description=what)
 
 
 def _finite(content: Any) -> Any:

@@ -142,7 +142,7 @@ def init_powers(factors: Mapping[str, Factors], rank: int | None = None) -> Powe
             path: tuple(jnp.ones((factor.shape[0], 2), factor.dtype) for factor in several)
             for path, several in factors.items()
         },
-        ages=jnp.full(max(len(_groups(factors)), 1), -1),  # checkpoints hold no empty arrays
+        ages=jnp.full(max(len(_groups(factors)), 1), -1, jnp.int32),  # checkpoints hold no empty arrays
     )
 
 

@@ -328,7 +328,7 @@ def scale_by_kronecker(
         info = KroneckerInfo(
             largest_eigenvalue=jnp.float32(jnp.max(jnp.stack([jnp.max(extremes) for extremes in spectra]))),
             smallest_eigenvalue=jnp.float32(jnp.min(jnp.stack([jnp.min(extremes) for extremes in spectra]))),
-            age=jnp.max(powers.ages, initial=0),
+            age=jnp.max(powers.ages),
             norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
             finite=finite,
         )

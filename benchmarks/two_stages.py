@@ -1,0 +1,384 @@
+"""TSO-ALRA against tuned SGD, Adam and AMSGrad: test loss by epochs and seconds, switching tuned on validation data."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from rich.table import Table
+
+import optcurv
+from benchmarks.claims import Claim, Verdict, is_less, mean_interval, plus_minus
+from benchmarks.data import Dataset
+from benchmarks.models import Batch, Task, classification_loss
+
+BATCH_SIZE = 128
+TUNING_SEED = 0
+
+
+class AlexNet(nn.Module):
+    """Five convolutions and three dense layers, after Krizhevsky et al. (2012), for small images; returns logits."""
+
+    channels: tuple[int, int, int, int, int] = (16, 32, 32, 32, 32)
+    hidden: int = 128
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images to logits."""
+        first, second, *rest = self.channels
+        x = nn.relu(nn.Conv(first, (5, 5), strides=2)(images))
+        x = nn.max_pool(nn.relu(nn.Conv(second, (5, 5))(x)), (2, 2), strides=(2, 2))
+        for width in rest:
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class Vgg(nn.Module):
+    """Blocks of 3x3 convolutions between poolings, after Simonyan and Zisserman (2015); returns logits."""
+
+    blocks: tuple[tuple[int, ...], ...] = ((8, 8), (16, 16), (32, 32))
+    hidden: int = 128
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images to logits."""
+        x = images
+        for block in self.blocks:
+            for width in block:
+                x = nn.relu(nn.Conv(width, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+NETWORKS: dict[str, dict[str, nn.Module]] = {
+    "small": {"alexnet": AlexNet(), "vgg": Vgg()},
+    "full": {
+        "alexnet": AlexNet(channels=(64, 192, 384, 256, 256), hidden=4096),
+        "vgg": Vgg(blocks=((64, 64), (128, 128), (256, 256, 256), (512, 512, 512)), hidden=4096),
+    },
+}
+"""By size: some minutes on two cores, and the paper's, for a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An optimiser and the settings tried, one of which validation data pick.
+
+    Attributes:
+      name: as in tables and pictures.
+      grid: the values of each tuned number.
+      optimizer: maps a setting, which may be traced, the schedule's factor and the number of all steps to an optimiser.
+    """
+
+    name: str
+    grid: Mapping[str, tuple[float, ...]]
+    optimizer: Callable[[Mapping[str, Any], optax.Schedule, int], optax.GradientTransformation]
+
+    def settings(self) -> list[dict[str, float]]:
+        """Returns all combinations."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+def _rate(setting: Mapping[str, Any], factor: optax.Schedule) -> optax.Schedule:
+    return lambda count: setting["learning rate"] * factor(count)
+
+
+def _sgd(setting: Mapping[str, Any], factor: optax.Schedule, num_steps: int) -> optax.GradientTransformation:
+    del num_steps
+    return optax.sgd(_rate(setting, factor))
+
+
+def _adaptive(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    return lambda setting, factor, _: make(_rate(setting, factor), b1=setting["momentum"])
+
+
+def _tso(
+    power: float, max_update_norm: float | None, rule: Callable[[Mapping[str, Any], int], optcurv.SwitchRule]
+) -> Callable[..., optax.GradientTransformation]:
+    def optimizer(
+        setting: Mapping[str, Any], factor: optax.Schedule, num_steps: int
+    ) -> optax.GradientTransformationExtraArgs:
+        return optcurv.tso_alra(
+            _rate(setting, factor),
+            when=rule(setting, num_steps),
+            preconditioner=optcurv.scale_by_kronecker(power),
+            max_update_norm=max_update_norm,
+        )
+
+    return optimizer
+
+
+def _at_share(setting: Mapping[str, Any], num_steps: int) -> optcurv.SwitchRule:
+    """Switches after a share of all steps, which may be traced."""
+    return optcurv.SwitchRule(
+        init=lambda: jnp.zeros((), jnp.int32),
+        update=lambda count, _: (count + 1, count >= setting["switch at"] * num_steps),
+    )
+
+
+def _never(setting: Mapping[str, Any], num_steps: int) -> optcurv.SwitchRule:
+    del setting, num_steps
+    return optcurv.SwitchRule(init=lambda: (), update=lambda state, _: (state, jnp.zeros((), bool)))
+
+
+def _on_plateau(setting: Mapping[str, Any], num_steps: int) -> optcurv.SwitchRule:
+    del setting, num_steps
+    return optcurv.on_plateau(patience=2)
+
+
+# The paper's grids; for the switch, shares of the training in place of 5, 10, ..., 75 of 164 epochs.
+_RATES = {"learning rate": (1e-4, 1e-3, 1e-2, 1e-1)}
+_MOMENTA = {"momentum": (0.9, 0.99)}
+_TSO_RATES = {"learning rate": (1e-3, 1e-2, 1e-1)}
+_SWITCHES = {"switch at": (0.1, 0.25, 0.45)}
+
+FAMILIES = (
+    Family("SGD", _RATES, _sgd),
+    Family("Adam", {**_RATES, **_MOMENTA}, _adaptive(optax.adam)),
+    Family("AMSGrad", {**_RATES, **_MOMENTA}, _adaptive(optax.amsgrad)),
+    Family("TSO-ALRA", {**_TSO_RATES, **_SWITCHES}, _tso(-0.5, None, _at_share)),
+    Family("TSO-ALRA, on plateau", _TSO_RATES, _tso(-0.5, None, _on_plateau)),
+    Family("never switching", _TSO_RATES, _tso(-0.5, None, _never)),
+    Family("power -1", {**_TSO_RATES, **_SWITCHES}, _tso(-1.0, 1.0, _at_share)),
+)
+BASELINES = ("SGD", "Adam", "AMSGrad")
+METHOD = "TSO-ALRA"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run measured, at the end of every epoch.
+
+    Attributes:
+      setting: the tuned numbers.
+      seed: of the initialisation and the order of the batches.
+      evaluations: lists of equal length: epochs, seconds of the steps, train_loss (an average over the epoch's
+        mini-batches), validation_loss, test_loss and test_accuracy.
+    """
+
+    setting: dict[str, float]
+    seed: int
+    evaluations: dict[str, list[float]]
+
+    def final(self, name: str) -> float:
+        """Returns a figure of the last epoch."""
+        return self.evaluations[name][-1]
+
+    def rise(self) -> float:
+        """Returns by how much the last test loss lies above the least, relatively."""
+        return self.final("test_loss") / min(self.evaluations["test_loss"]) - 1
+
+    def epochs_to(self, test_loss: float) -> float:
+        """Returns how many epochs the test loss takes to fall so far; infinity if it does not."""
+        reached = np.flatnonzero(np.asarray(self.evaluations["test_loss"]) <= test_loss)
+        return self.evaluations["epochs"][reached[0]] if reached.size else math.inf
+
+
+class Problem(NamedTuple):
+    """A network, its three sets of images, and how long to train."""
+
+    task: Task
+    train: Batch
+    validation: Batch
+    test: Batch
+    num_epochs: int
+
+    @property
+    def num_steps(self) -> int:
+        """All steps of a run."""
+        return self.num_epochs * (len(self.train.labels) // BATCH_SIZE)
+
+    def factor(self, count: jax.typing.ArrayLike) -> jax.Array:
+        """Returns what the rate is multiplied by: a tenth after half of the steps, again after three quarters.
+
+        In the paper after 81 and 122 of 164 epochs.
+        """
+        share = count / self.num_steps
+        return jnp.where(share < 0.5, 1.0, jnp.where(share < 0.75, 0.1, 0.01))
+
+
+def make_problem(dataset: Dataset, network: nn.Module, num_images: int, num_epochs: int) -> Problem:
+    """Takes so many images to train on, a fifth as many to validate."""
+    task = Task(network, classification_loss, has_accuracy=True)
+    order = np.random.default_rng(0).permutation(len(dataset.train.labels))
+    train, validation = (
+        Batch(*(array[indices] for array in dataset.train))
+        for indices in (order[:num_images], order[num_images : num_images + num_images // 5])
+    )
+    return Problem(task, train, validation, dataset.test, num_epochs)
+
+
+class Trainer:
+    """Trains one family; compiled once, whatever the setting."""
+
+    def __init__(self, problem: Problem, family: Family) -> None:
+        self.problem, self.family = problem, family
+        self._init = jax.jit(self._init_state)
+        self._step = jax.jit(self._train_step, donate_argnums=0)
+        self._evaluate = jax.jit(self._figures)
+
+    def _optimizer(self, setting: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+        problem = self.problem
+        return optax.with_extra_args_support(self.family.optimizer(setting, problem.factor, problem.num_steps))
+
+    def _init_state(self, key: jax.Array, setting: Mapping[str, Any]) -> tuple[optax.Params, optax.OptState]:
+        params = self.problem.task.init(key, self.problem.train)
+        return params, self._optimizer(setting).init(params)
+
+    def _train_step(
+        self, state: Any, indices: jax.Array, setting: Mapping[str, Any], validation_loss: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        params, opt_state = state
+        loss = self.problem.task.loss(Batch(*(array[indices] for array in self.problem.train)))
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = self._optimizer(setting).update(
+            grads, opt_state, params, value=value, value_fn=loss, monitored_value=validation_loss
+        )
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    def _figures(self, params: optax.Params) -> dict[str, jax.Array]:
+        figures = {}
+        for name, batch in (("validation", self.problem.validation), ("test", self.problem.test)):
+            logits = self.problem.task.network.apply({"params": params}, batch.images)
+            figures[f"{name}_loss"] = classification_loss(logits, batch)
+            figures[f"{name}_accuracy"] = jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
+        return figures
+
+    def run(self, setting: Mapping[str, float], seed: int) -> Run:
+        """Trains; the clock runs while steps are taken. The validation loss is told to the first step of an epoch."""
+        problem = self.problem
+        setting = {name: jnp.float32(value) for name, value in setting.items()}
+        rng = np.random.default_rng(seed)
+        state, nothing = self._init(jax.random.key(seed), setting), jnp.float32(jnp.nan)
+        jax.block_until_ready(self._step(jax.tree.map(jnp.copy, state), np.arange(BATCH_SIZE), setting, nothing))
+        rows, seconds, told = [], 0.0, nothing
+        for epoch in range(problem.num_epochs):
+            order = rng.permutation(len(problem.train.labels)).astype(np.int32)
+            batches = order[: len(order) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+            start, values = time.perf_counter(), []
+            for indices in batches:
+                state, value = self._step(state, indices, setting, told)
+                values.append(value)
+                told = nothing
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - start
+            figures = self._evaluate(state[0])
+            told = figures["validation_loss"]
+            row = {"epochs": epoch + 1, "seconds": seconds, "train_loss": float(np.mean(jax.device_get(values)))}
+            rows.append(row | {name: float(figure) for name, figure in figures.items()})
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return Run({name: float(value) for name, value in setting.items()}, seed, columns)
+
+
+class Result(NamedTuple):
+    """The runs of a family: over its grid, and on fresh seeds with the setting of the least final validation loss."""
+
+    family: Family
+    tuning: list[Run]
+    final: list[Run]
+
+
+def measure(
+    problem: Problem, families: Sequence[Family], num_seeds: int, report: Callable[[str], None]
+) -> list[Result]:
+    """Tunes and runs every family."""
+    results = []
+    for family in families:
+        trainer = Trainer(problem, family)
+
+        def run(setting: Mapping[str, float], seed: int, trainer: Trainer = trainer) -> Run:
+            result = trainer.run(setting, seed)
+            report(f"{trainer.family.name}: {_described(setting)}, test loss {result.final('test_loss'):.3f}")
+            return result
+
+        tuning = [run(setting, TUNING_SEED) for setting in family.settings()]
+        best = min(tuning, key=lambda run: np.nan_to_num(run.final("validation_loss"), nan=np.inf))
+        final = [run(best.setting, TUNING_SEED + 1 + seed) for seed in range(num_seeds)]
+        results.append(Result(family, tuning, final))
+    return results
+
+
+def _described(setting: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in setting.items())
+
+
+def results_table(title: str, results: Sequence[Result]) -> Table:
+    """Lays out the figures of the fresh seeds."""
+    table = Table(title=title, caption="Mean and 95 % interval over the seeds. Rise: last test loss over the least.")
+    table.add_column("method", no_wrap=True)
+    for column in ("test loss", "test accuracy", "rise %", "epochs to SGD's test loss", "s an epoch"):
+        table.add_column(column, justify="right")
+    table.add_column("best setting")
+    target = sgd_level(results)
+    for result in results:
+        final = result.final
+        epochs = final[0].final("epochs")
+        table.add_row(
+            result.family.name,
+            plus_minus(mean_interval([run.final("test_loss") for run in final])),
+            plus_minus(mean_interval([run.final("test_accuracy") for run in final])),
+            f"{100 * statistics.fmean(run.rise() for run in final):.1f}",
+            f"{statistics.median(run.epochs_to(target) for run in final):g}",
+            f"{statistics.fmean(run.final('seconds') for run in final) / epochs:.2f}",
+            _described(final[0].setting),
+        )
+    return table
+
+
+def sgd_level(results: Sequence[Result]) -> float:
+    """Returns SGD's mean final test loss."""
+    (sgd,) = [result for result in results if result.family.name == "SGD"]
+    return statistics.fmean(run.final("test_loss") for run in sgd.final)
+
+
+def judge(network: str, results: Sequence[Result]) -> list[Claim]:
+    """The paper's claims: a faster decrease, no late rise of the test loss, a better final test loss."""
+    by_name = {result.family.name: result.final for result in results}
+    target, tso = sgd_level(results), by_name[METHOD]
+    claims = []
+    for baseline in BASELINES:
+        for text, figure in (
+            ("reduces the test loss faster than", functools.partial(Run.epochs_to, test_loss=target)),
+            ("ends with a lower test loss than", functools.partial(Run.final, name="test_loss")),
+        ):
+            ours, theirs = [figure(run) for run in tso], [figure(run) for run in by_name[baseline]]
+            numbers = f"median {statistics.median(ours):.3g} against {statistics.median(theirs):.3g}"
+            claims.append(Claim(f"{network}: TSO-ALRA {text} {baseline}.", is_less(ours, theirs), numbers))
+    rises = {name: statistics.fmean(run.rise() for run in runs) for name, runs in by_name.items()}
+    verdict = Verdict.HOLDS if rises[METHOD] < 0.01 else Verdict.FAILS
+    numbers = ", ".join(f"{name} {100 * rise:.1f} %" for name, rise in rises.items())
+    claims.append(Claim(f"{network}: TSO-ALRA's test loss does not rise late in training.", verdict, numbers))
+    ours, never = ([run.final("test_loss") for run in by_name[name]] for name in (METHOD, "never switching"))
+    numbers = f"median {statistics.median(ours):.3g} against {statistics.median(never):.3g}"
+    claims.append(Claim(f"{network}: switching ends with a lower test loss than not.", is_less(ours, never), numbers))
+    return claims
+
+
+def as_json(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns all runs."""
+    return {
+        result.family.name: {
+            "grid": dict(result.family.grid),
+            "tuning": [dataclasses.asdict(run) for run in result.tuning],
+            "final": [dataclasses.asdict(run) for run in result.final],
+        }
+        for result in results
+    }
