@@ -1,8 +1,9 @@
 """The Fisher matrix of a layer by its factors: their averages and damped powers. It knows no loss."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -26,6 +27,10 @@ class LowRank(NamedTuple):
     vectors: jax.Array
     values: jax.Array
     rest: jax.Array
+
+    def excess(self) -> jax.Array:
+        r"""Returns :math:`\mu - \rho`, `(stack, rank, 1)`."""
+        return (self.values - self.rest[:, None])[:, :, None]
 
 
 Power: TypeAlias = jax.Array | LowRank
@@ -77,16 +82,28 @@ def _second_moment(rows: jax.Array, diagonal: bool) -> jax.Array:
 
 def _kronecker_product(powers: tuple[Power, ...], matrices: jax.Array) -> jax.Array:
     inputs, outputs = powers
+    if isinstance(inputs, LowRank) and isinstance(outputs, LowRank):
+        return _low_rank_product(inputs, matrices, outputs)
     return jnp.swapaxes(_times(outputs, jnp.swapaxes(_times(inputs, matrices), 1, 2)), 1, 2)
 
 
 def _times(power: Power, matrices: jax.Array) -> jax.Array:
     if isinstance(power, LowRank):
-        coordinates = (power.values - power.rest[:, None])[:, :, None] * _einsum(
-            "bnr,bnm->brm", power.vectors, matrices
-        )
+        coordinates = power.excess() * _einsum("bnr,bnm->brm", power.vectors, matrices)
         return power.rest[:, None, None] * matrices + _einsum("bnr,brm->bnm", power.vectors, coordinates)
     return _einsum("bij,bjm->bim", power, matrices) if power.ndim == 3 else power[:, :, None] * matrices
+
+
+def _low_rank_product(left: LowRank, matrices: jax.Array, right: LowRank) -> jax.Array:
+    """Multiplies from both sides and writes the result once: for large matrices the memory's speed is what counts."""
+    rows = left.excess() * _einsum("bnr,bnm->brm", left.vectors, matrices)
+    columns = left.rest[:, None, None] * _einsum("bnm,bmr->bnr", matrices, right.vectors)
+    columns += _einsum("bnr,brs->bns", left.vectors, _einsum("brm,bms->brs", rows, right.vectors))
+    tall = jnp.concatenate([left.vectors, columns], axis=2)
+    wide = jnp.concatenate(
+        [right.rest[:, None, None] * rows, right.excess() * jnp.swapaxes(right.vectors, 1, 2)], axis=1
+    )
+    return (left.rest * right.rest)[:, None, None] * matrices + _einsum("bnr,brm->bnm", tall, wide)
 
 
 def _block_moment(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
@@ -149,6 +166,7 @@ def init_powers(factors: Mapping[str, Factors], rank: int | None = None) -> Powe
 def refresh_powers(
     state: Powers,
     factors: Mapping[str, Factors],
+    weight: jax.Array,
     *,
     exponent: chex.Numeric,
     damping: chex.Numeric,
@@ -157,7 +175,7 @@ def refresh_powers(
     count: jax.Array,
     usable: jax.Array,
 ) -> Powers:
-    r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due.
+    r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due; F are the averages over their weight.
 
     Factors of one size are decomposed together, in one batched call. Each such group is due every so many steps, the
     groups at different steps, and all of them at the very first steps, 0, 1, 2, 4, 8 and so on. The damping
@@ -169,26 +187,36 @@ def refresh_powers(
     turns = jnp.arange(state.ages.size) * every // state.ages.size
     is_early = (count < every) & (count & (count - 1) == 0)
     due = usable & (is_early | (count % every == turns) | (state.ages < 0))
-    # A group's powers and extremes, then each member's share of them.
     places = {path: list(zip(state.powers[path], state.extremes[path], strict=True)) for path in factors}
     for number, members in enumerate(groups):
-        now = jnp.concatenate([factors[path][i] for path, i in members])
-        before = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(places[path][i] for path, i in members))
-        relative = jnp.asarray(damping, now.dtype) ** (1 / len(factors[members[0][0]]))
-        take = functools.partial(damped_power, exponent=exponent, relative=relative, absolute_damping=absolute_damping)
-        after = jax.lax.cond(
-            due[number], lambda now, before, take=take: take(now, before[0]), lambda _, before: before, now, before
+        relative = jnp.asarray(damping) ** (1 / len(factors[members[0][0]]))
+        take = functools.partial(
+            _group_powers, weight=weight, exponent=exponent, relative=relative, absolute_damping=absolute_damping
         )
-        start = 0
-        for path, i in members:
-            end = start + factors[path][i].shape[0]
-            places[path][i] = jax.tree.map(lambda part, start=start, end=end: part[start:end], after)
-            start = end
+        now, before = [factors[path][i] for path, i in members], [places[path][i] for path, i in members]
+        # All of the work is inside: what stands outside of the condition is done at every step.
+        after = jax.lax.cond(due[number], take, lambda now, before: before, now, before)
+        for (path, i), powers in zip(members, after, strict=True):
+            places[path][i] = powers
     return Powers(
         powers={path: tuple(power for power, _ in several) for path, several in places.items()},
         extremes={path: tuple(extremes for _, extremes in several) for path, several in places.items()},
         ages=jnp.where(due, 0, jnp.where(state.ages < 0, -1, state.ages + 1)),
     )
+
+
+def _group_powers(
+    factors: list[jax.Array], before: list[tuple[Power, jax.Array]], *, weight: jax.Array, **options: Any
+) -> list[tuple[Power, jax.Array]]:
+    """Takes the powers of the factors of one size together; returns those of each, with their extremes."""
+    previous = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(power for power, _ in before))
+    stacked = jnp.concatenate(factors)
+    together = damped_power(stacked / weight.astype(stacked.dtype), previous, **options)
+    starts = [0, *itertools.accumulate(len(factor) for factor in factors)]
+    return [
+        jax.tree.map(lambda part, start=start, end=end: part[start:end], together)
+        for start, end in itertools.pairwise(starts)
+    ]
 
 
 def _groups(factors: Mapping[str, Factors]) -> list[list[tuple[str, int]]]:
@@ -210,7 +238,7 @@ def damped_power(
 ) -> tuple[Power, jax.Array]:
     """Returns the powers of a stack, in the form of the previous ones, and their extreme damped eigenvalues."""
     trace = jnp.trace(factors, axis1=1, axis2=2) if factors.ndim == 3 else jnp.sum(factors, axis=1)
-    shift = (relative * trace / factors.shape[1] + absolute_damping)[:, None]
+    shift = (relative * trace / factors.shape[1] + absolute_damping)[:, None].astype(factors.dtype)
 
     def damped(eigenvalues: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.maximum(eigenvalues, 0.0) + shift, _SMALLEST)  # rounding makes some negative

@@ -301,7 +301,8 @@ def scale_by_kronecker(
         relative = scheduled(damping, state.count)
         powers = refresh_powers(
             state.powers,
-            jax.tree.map(lambda factor: factor / weight_or_one.astype(factor.dtype), factors),
+            factors,
+            weight_or_one,
             damping=relative,
             every=root_every,
             count=state.count,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from optcurv.kronecker import KRONECKER, damped_power, init_powers, refresh_powers
+from optcurv.kronecker import KRONECKER, LowRank, damped_power, init_powers, refresh_powers
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,7 @@ def refresh(state, several, count, every=8, usable=True):
     return refresh_powers(
         state,
         several,
+        jnp.asarray(1.0),
         exponent=-0.5,
         damping=0.01,
         absolute_damping=0.0,
@@ -129,3 +130,25 @@ def test_low_rank_finds_the_leading_eigenpairs_and_the_mean_of_the_rest():
     matrices = jnp.asarray(rng.normal(size=(1, 20, 4)))
     dense = KRONECKER.apply((jnp.asarray(power)[None], full), matrices)
     np.testing.assert_allclose(KRONECKER.apply((low_rank, full), matrices), dense, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", [("low", "low"), ("low", "full"), ("diagonal", "low"), ("full", "diagonal")])
+def test_product_of_any_two_forms_equals_the_dense_one(sides):
+    rng = np.random.default_rng(0)
+
+    def draw(form, size):
+        if form == "diagonal":
+            diagonal = jnp.asarray(rng.uniform(1, 2, size=(2, size)))
+            return diagonal, jax.vmap(jnp.diag)(diagonal)
+        if form == "full":
+            return 2 * factors(size)[:1]
+        vectors = jnp.linalg.qr(jnp.asarray(rng.normal(size=(2, size, 3))))[0]
+        power = LowRank(vectors, jnp.asarray(rng.uniform(1, 2, size=(2, 3))), jnp.asarray(rng.uniform(3, 4, size=2)))
+        around = jnp.einsum("bnr,br,bmr->bnm", vectors, power.values - power.rest[:, None], vectors)
+        return power, around + power.rest[:, None, None] * jnp.eye(size)
+
+    (left, dense_left), (right, dense_right) = draw(sides[0], 7), draw(sides[1], 5)
+    matrices = jnp.asarray(rng.normal(size=(2, 7, 5)))
+    np.testing.assert_allclose(
+        KRONECKER.apply((left, right), matrices), dense_left @ matrices @ dense_right, rtol=1e-10, atol=1e-12
+    )
