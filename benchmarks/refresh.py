@@ -29,13 +29,12 @@ class Schedule(NamedTuple):
     rank: int | None
 
 
-DEFAULTS = Schedule("defaults", 10, 100, None)
 SCHEDULES = (
-    DEFAULTS,
-    Schedule("rarer", 20, 200, None),
-    Schedule("often", 2, 20, None),
+    Schedule("defaults", 10, 100, 32),
+    Schedule("twice the rank", 10, 100, 64),
+    Schedule("all eigenpairs", 10, 100, None),
+    Schedule("refreshed at every step", 1, 1, 32),
 )
-EVERY_STEP = Schedule("every step", 1, 1, None)
 
 
 def _method(schedule: Schedule) -> Method:

@@ -133,7 +133,7 @@ def scale_by_kronecker(
     labels: LabelSampler | None = None,
     layers: Layers | None = None,
     batch_size: int | None = None,
-    rank: int | None = None,
+    rank: int | None = 32,
     max_factor_size: int = 8192,
     max_positions: int | None = None,
     seed: int = 0,
@@ -174,7 +174,8 @@ def scale_by_kronecker(
         than one axis.
       batch_size: the number of examples whose mean the loss is; default: the leading axis of the layers' inputs.
       rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
-        the previous ones; the other eigenvalues count as equal to their mean. Default: all eigenpairs, exactly.
+        the previous ones, and all other eigenvalues count as equal to their mean; None finds all, exactly, at a cost
+        in proportion to the cube of a layer's width.
       max_factor_size: of larger factors only the diagonal is kept.
       max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
       seed: of the sampled labels.
