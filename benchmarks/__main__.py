@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import adaptive_norms, compare, cost
+from benchmarks import adaptive_norms, compare, cost, tso_alra
 from benchmarks.data import DataError
 
-COMMANDS = {"compare": compare, "cost": cost, "adaptive-norms": adaptive_norms}
+COMMANDS = {"compare": compare, "cost": cost, "adaptive-norms": adaptive_norms, "tso-alra": tso_alra}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,23 +1,28 @@
 """What a preconditioned step costs, refreshed more or less often, and what the loss after equal steps makes of it."""
 
 import functools
+import math
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from rich.table import Table
 
 import optcurv
 from benchmarks.cost import Workload, random_batch
+from benchmarks.data import Dataset
 from benchmarks.methods import GRADIENT_DESCENT, Method
 from benchmarks.models import Batch
-from benchmarks.training import State, init_state, train_step
+from benchmarks.training import Problem, State, Trainer, init_state, train_step
 
-NUM_STEPS = 300
-"""Steps after which losses are compared: three refreshes at the defaults."""
+NUM_STEPS = 200
+"""Steps after which losses are compared: two refreshes at the defaults."""
 
-_RATES = (0.003, 0.01, 0.03)
+_RATES = (0.01, 0.03, 0.1)
+_EARLY = 32  # steps in which roots are taken more often
 
 
 class Schedule(NamedTuple):
@@ -37,17 +42,15 @@ SCHEDULES = (
 )
 
 
-def _method(schedule: Schedule) -> Method:
+def make_method(schedule: Schedule) -> Method:
+    """Returns the first stage of TSO-ALRA with momentum and a bound on the update's norm."""
+
     def optimizer(learning_rate: float | jax.Array) -> optax.GradientTransformation:
         preconditioner = optcurv.scale_by_kronecker(
             factor_every=schedule.factor_every, root_every=schedule.root_every, rank=schedule.rank
         )
-        return optax.chain(
-            preconditioner,
-            optax.clip_by_global_norm(1.0),
-            optax.trace(0.9),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+        bound, momentum = optax.clip_by_global_norm(1.0), optax.trace(0.9)
+        return optax.chain(preconditioner, bound, momentum, optax.scale_by_learning_rate(learning_rate))
 
     return Method(schedule.name, optimizer, "learning rate", _RATES, 1)
 
@@ -56,15 +59,13 @@ class _Stepper:
     """A compiled training step and its state."""
 
     def __init__(self, workload: Workload, method: Method, batch: Batch) -> None:
-        init = jax.jit(functools.partial(init_state, workload.task, method))
-        self.state: State = init(jax.random.key(0), batch, method.grid[0])
-        lowered = jax.jit(functools.partial(train_step, workload.task, method), donate_argnums=0).lower(
-            self.state, batch, method.grid[0]
-        )
+        self.batch, self.setting = batch, method.grid[0]
+        self.state: State = jax.jit(functools.partial(init_state, workload.task, method))(jax.random.key(0), batch)
+        step = jax.jit(functools.partial(train_step, workload.task, method), donate_argnums=0)
+        lowered = step.lower(self.state, batch, self.setting)
         start = time.perf_counter()
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
-        self.batch, self.setting = batch, method.grid[0]
 
     def seconds(self) -> float:
         """Takes a step; returns how long it took."""
@@ -75,16 +76,56 @@ class _Stepper:
 
 
 def measure_cost(workload: Workload, schedule: Schedule) -> dict[str, float]:
-    """Times a cycle of refreshes, a gradient step before each step; the first 32, with their early ones, aside."""
+    """Times a cycle of refreshes, a gradient step before each step; the first ones, with their own refreshes, aside.
+
+    Most steps refresh nothing, so that the median is theirs.
+    """
     batch = random_batch(workload.batch_size)
-    gradient, stepper = (_Stepper(workload, method, batch) for method in (GRADIENT_DESCENT, _method(schedule)))
-    times = np.array([(gradient.seconds(), stepper.seconds()) for _ in range(32 + schedule.root_every)])[32:]
-    ratios = times[:, 1] / np.median(times[:, 0])
+    gradient, stepper = (_Stepper(workload, method, batch) for method in (GRADIENT_DESCENT, make_method(schedule)))
+    num_steps = max(schedule.root_every, 40)
+    times = np.array([(gradient.seconds(), stepper.seconds()) for _ in range(_EARLY + num_steps)])[_EARLY:]
     return {
-        "quiet": float(np.median(times[:, 1] / times[:, 0])),
+        "median": float(np.median(times[:, 1] / times[:, 0])),
         "average": float(times[:, 1].sum() / times[:, 0].sum()),
-        "longest": float(ratios.max()),
+        "longest": float(times[:, 1].max() / np.median(times[:, 0])),
         "gradient_ms": 1e3 * float(np.median(times[:, 0])),
         "compile_seconds": stepper.compile_seconds,
         "gradient_compile_seconds": gradient.compile_seconds,
     }
+
+
+def measure_loss(
+    workload: Workload, dataset: Dataset, schedule: Schedule, num_steps: int, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Returns the training loss after so many steps at the best rate, and that rate."""
+    problem = Problem(workload.task, dataset, workload.batch_size, num_steps)
+    trainer = Trainer(problem, make_method(schedule))
+    losses = {}
+    for rate in _RATES:
+        run = trainer.run(rate, seed=0, num_evaluations=1, report=lambda gradients, loss: None)
+        losses[rate] = np.nan_to_num(run.final("train_loss"), nan=math.inf)
+        report(f"{schedule.name}, learning rate {rate:g}: loss {losses[rate]:.4f}")
+    best = min(losses, key=losses.__getitem__)
+    return {"train_loss": float(losses[best]), "learning_rate": best}
+
+
+def results_table(title: str, rows: dict[str, dict[str, Any]], num_steps: int) -> Table:
+    """Lays the figures out."""
+    caption = "Median, average and longest step: ratios to a gradient step. Median: steps that refresh nothing."
+    table = Table(title=title, caption=caption)
+    table.add_column("schedule", no_wrap=True)
+    for column in ("factors", "roots", "rank", "median", "average", "longest", "compile s", "of the gradient step's"):
+        table.add_column(column, justify="right")
+    table.add_column(f"train loss after {num_steps} steps", justify="right")
+    for schedule in SCHEDULES:
+        if (row := rows.get(schedule.name)) is None:
+            continue
+        table.add_row(
+            schedule.name,
+            *(str(number) for number in (schedule.factor_every, schedule.root_every, schedule.rank or "all")),
+            *(f"{row[name]:.2f}" for name in ("median", "average", "longest")),
+            f"{row['compile_seconds']:.1f}",
+            f"{row['compile_seconds'] / row['gradient_compile_seconds']:.1f}",
+            f"{row['train_loss']:.4f} at {row['learning_rate']:g}",
+        )
+    return table

@@ -218,7 +218,8 @@ def record_products(fn: Callable[[Any], Any], params: Any) -> Recording:
     rearranges it or casts it, and through concatenation.
     """
     traced, out_shape = jax.make_jaxpr(fn, return_shape=True)(params)
-    marks = [View(leaf, jnp.size(value)) for leaf, value in enumerate(jax.tree.leaves(params))]
+    invars = getattr(traced, "jaxpr", traced).invars
+    marks = [View(leaf, math.prod(_shape(variable))) for leaf, variable in enumerate(invars)]
     counts: dict[int, int] = {}
 
     def run(params: Any, probes: list[jax.Array] | None) -> tuple[Any, _Recorder]:

@@ -169,7 +169,7 @@ def refresh_powers(
     weight: jax.Array,
     *,
     exponent: chex.Numeric,
-    damping: chex.Numeric,
+    relative: chex.Numeric,
     absolute_damping: chex.Numeric,
     every: int,
     count: jax.Array,
@@ -179,7 +179,7 @@ def refresh_powers(
 
     Factors of one size are decomposed together, in one batched call. Each such group is due every so many steps, the
     groups at different steps, and all of them at the very first steps, 0, 1, 2, 4, 8 and so on. The damping
-    :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `damping` times it,
+    :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `relative` times it,
     which is the split by :math:`\pi` of K-FAC (Martens and Grosse 2015, section 6.3) with a damping relative to the
     mean eigenvalue of the Kronecker product.
     """
@@ -189,9 +189,9 @@ def refresh_powers(
     due = usable & (is_early | (count % every == turns) | (state.ages < 0))
     places = {path: list(zip(state.powers[path], state.extremes[path], strict=True)) for path in factors}
     for number, members in enumerate(groups):
-        relative = jnp.asarray(damping) ** (1 / len(factors[members[0][0]]))
+        share = jnp.asarray(relative) ** (1 / len(factors[members[0][0]]))
         take = functools.partial(
-            _group_powers, weight=weight, exponent=exponent, relative=relative, absolute_damping=absolute_damping
+            _group_powers, weight=weight, exponent=exponent, relative=share, absolute_damping=absolute_damping
         )
         now, before = [factors[path][i] for path, i in members], [places[path][i] for path, i in members]
         # All of the work is inside: what stands outside of the condition is done at every step.
@@ -238,11 +238,8 @@ def damped_power(
 ) -> tuple[Power, jax.Array]:
     """Returns the powers of a stack, in the form of the previous ones, and their extreme damped eigenvalues."""
     trace = jnp.trace(factors, axis1=1, axis2=2) if factors.ndim == 3 else jnp.sum(factors, axis=1)
-    shift = (relative * trace / factors.shape[1] + absolute_damping)[:, None].astype(factors.dtype)
-
-    def damped(eigenvalues: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.maximum(eigenvalues, 0.0) + shift, _SMALLEST)  # rounding makes some negative
-
+    mean = (trace / factors.shape[1])[:, None]
+    damped = functools.partial(damp, mean=mean, relative=relative, absolute_damping=absolute_damping)
     if isinstance(previous, LowRank):
         vectors, values = _leading_eigenpairs(factors, previous.vectors)
         rest = (trace[:, None] - jnp.sum(values, axis=1, keepdims=True)) / (factors.shape[1] - values.shape[1])
@@ -257,6 +254,12 @@ def damped_power(
         eigenvalues = damped(factors)
         power = eigenvalues**exponent
     return power, jnp.stack([jnp.min(eigenvalues, axis=1), jnp.max(eigenvalues, axis=1)], axis=1)
+
+
+def damp(eigenvalues: jax.Array, mean: jax.Array, relative: chex.Numeric, absolute_damping: chex.Numeric) -> jax.Array:
+    """Adds the damping, in proportion to the mean and absolute; eigenvalues that rounding made negative are zero."""
+    shift = jnp.asarray(relative * mean + absolute_damping, eigenvalues.dtype)
+    return jnp.maximum(jnp.maximum(eigenvalues, 0.0) + shift, _SMALLEST)
 
 
 def _leading_eigenpairs(matrices: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

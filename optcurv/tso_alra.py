@@ -29,7 +29,7 @@ from optcurv.kronecker import (
     Factors,
     Powers,
     Structure,
-    damped_power,
+    damp,
     init_powers,
     refresh_powers,
 )
@@ -270,6 +270,20 @@ def scale_by_kronecker(
         factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
         return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
 
+    def precondition(
+        found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Multiplies each layer's gradient by its powers, and every other parameter's by its own."""
+        paths, leaves = list(gradients), list(gradients.values())
+        results = {
+            path: leaf * damped_squares[path] ** power if path in damped_squares else leaf
+            for path, leaf in gradients.items()
+        }
+        for layer in found.found if powers.powers else ():
+            product = structure.apply(powers.powers[layer.path], layer.join(leaves))
+            results |= {paths[place]: part for place, part in layer.split(product, leaves).items()}
+        return results
+
     def update(
         updates: PyTree,
         state: Any,
@@ -298,38 +312,32 @@ def scale_by_kronecker(
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
-        options = {"exponent": power, "absolute_damping": scheduled(absolute_damping, state.count)}
-        relative = scheduled(damping, state.count)
+        dampings = {
+            "relative": scheduled(damping, state.count),
+            "absolute_damping": scheduled(absolute_damping, state.count),
+        }
         powers = refresh_powers(
             state.powers,
             factors,
             weight_or_one,
-            damping=relative,
+            exponent=power,
             every=root_every,
             count=state.count,
             usable=begun,
-            **options,
+            **dampings,
         )
-
-        spectra = [functools.reduce(jnp.multiply, several) for several in powers.extremes.values()]
-        results = list(gradients.values())
-        for i, (path, leaf) in enumerate(gradients.items()):
-            if path in squares:
-                square = squares[path].reshape(1, -1) / weight_or_one.astype(squares[path].dtype)
-                root, extremes = damped_power(square, square, relative=relative.astype(square.dtype), **options)
-                results[i] = leaf * root.reshape(leaf.shape)
-                spectra.append(extremes)
-        for layer in found.found if state.factors else ():
-            matrices = structure.apply(powers.powers[layer.path], layer.join(list(gradients.values())))
-            for i, result in layer.split(matrices, list(gradients.values())).items():
-                results[i] = result
-
-        result = jax.tree.unflatten(treedef, results)
+        alone = squares if structure is DIAGONAL else [path for path, _ in found.others.values()]
+        unbiased = {path: squares[path] / weight_or_one for path in alone}
+        damped_squares = {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
+        results = precondition(found, powers, damped_squares, gradients)
+        result = jax.tree.unflatten(treedef, list(results.values()))
         finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
         result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
+        spectra = [functools.reduce(jnp.multiply, several) for several in powers.extremes.values()]
+        spectra += damped_squares.values()
         info = KroneckerInfo(
-            largest_eigenvalue=jnp.float32(jnp.max(jnp.stack([jnp.max(extremes) for extremes in spectra]))),
-            smallest_eigenvalue=jnp.float32(jnp.min(jnp.stack([jnp.min(extremes) for extremes in spectra]))),
+            largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra))),
+            smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra))),
             age=jnp.max(powers.ages),
             norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
             finite=finite,

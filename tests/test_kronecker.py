@@ -66,7 +66,7 @@ def refresh(state, several, count, every=8, usable=True):
         several,
         jnp.asarray(1.0),
         exponent=-0.5,
-        damping=0.01,
+        relative=0.01,
         absolute_damping=0.0,
         every=every,
         count=jnp.asarray(count),

@@ -1,0 +1,74 @@
+"""TSO-ALRA on Fashion-MNIST against SGD, Adam and AMSGrad, and what its steps cost."""
+
+import argparse
+from pathlib import Path
+
+from flax import linen as nn
+from rich.console import Console
+
+from benchmarks import data, refresh, two_stages
+from benchmarks.claims import claims_table
+from benchmarks.cost import WORKLOADS
+from benchmarks.plots import plot_stages
+from benchmarks.report import progress_bar, write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument(
+        "--part", choices=["alexnet", "vgg", "cost", "all"], default="all", help="a network, or costs (default: all)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=data.default_folder(),
+        help="folder of Fashion-MNIST's IDX files (default: OPTCURV_DATA, or the Debian package's)",
+    )
+    parser.add_argument("--size", choices=["small", "full"], default="small", help="full: the paper's, for a GPU")
+    parser.add_argument("--epochs", type=int, default=20, help="default: 20; published: 164")
+    parser.add_argument("--images", type=int, default=10_000, help="to train on, at most 50000 (default: 10000)")
+    parser.add_argument("--seeds", type=int, default=3, help="fresh seeds for the tuned methods (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="few settings, two epochs of 640 images: does it run?")
+    parser.add_argument("--output", type=Path, default=Path("results/tso-alra"), help="folder (default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, judges and writes tables, JSON and pictures."""
+    dataset = data.fashion_mnist(args.data_dir)
+    for name, network in two_stages.NETWORKS[args.size].items():
+        if args.part in (name, "all"):
+            train_network(args, dataset, name, network)
+    if args.part in ("cost", "all"):
+        measure_refreshes(args, dataset)
+    Console().print(f"Written to {args.output}")
+    return 0
+
+
+def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, network: nn.Module) -> None:
+    """Runs all families on one network."""
+    num_images, num_epochs, num_seeds = (640, 2, 1) if args.quick else (args.images, args.epochs, args.seeds)
+    problem = two_stages.make_problem(dataset, network, num_images, num_epochs)
+    families = two_stages.QUICK if args.quick else two_stages.FAMILIES
+    with progress_bar(sum(len(family.settings()) + num_seeds for family in families)) as report:
+        results = two_stages.measure(problem, families, num_seeds, report)
+    title = f"Fashion-MNIST, {name}, {num_images} images, {num_epochs} epochs"
+    claims = two_stages.judge(name, results)
+    write(args.output / name, two_stages.results_table(title, results), two_stages.as_json(results))
+    content = {"claims": [claim._asdict() for claim in claims]}
+    write(args.output / f"claims-{name}", claims_table(f"{name}: what held", claims), content)
+    plot_stages(args.output / f"{name}.png", title, results)
+
+
+def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset) -> None:
+    """Costs of steps, and losses after equally many, on the networks of `cost`."""
+    num_steps = 10 if args.quick else refresh.NUM_STEPS
+    schedules = refresh.SCHEDULES[: 1 if args.quick else None]
+    for name, workload in WORKLOADS.items():
+        rows = {}
+        with progress_bar(4 * len(schedules)) as report:
+            for schedule in schedules:
+                rows[schedule.name] = refresh.measure_cost(workload, schedule)
+                report(f"{schedule.name}: timed")
+                rows[schedule.name] |= refresh.measure_loss(workload, dataset, schedule, num_steps, report)
+        title = f"Refreshing factors and roots: {name} of `cost`, batch {workload.batch_size}"
+        write(args.output / f"refresh-{name}", refresh.results_table(title, rows, num_steps), {"rows": rows})

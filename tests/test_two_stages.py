@@ -1,0 +1,127 @@
+"""The two-stage experiments: data kept apart, figures of a run, verdicts, and the command end to end."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optcurv
+from benchmarks import refresh, two_stages
+from benchmarks.__main__ import main
+from benchmarks.claims import Verdict
+from benchmarks.data import Dataset
+from benchmarks.models import Batch, Mlp, classification_loss
+from tests.test_benchmarks import idx_bytes
+
+
+def images(count, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    pictures = rng.uniform(0, 0.3, (count, 28, 28, 1))
+    pictures[np.arange(count), labels] += 0.7  # a bright row tells the class
+    return Batch(jnp.asarray(pictures, jnp.float32), jnp.asarray(labels, jnp.int32))
+
+
+def run_of(test_losses, seed=0):
+    evaluations = {"epochs": list(range(1, len(test_losses) + 1)), "test_loss": test_losses, "test_accuracy": [0.9]}
+    return two_stages.Run({}, seed, evaluations)
+
+
+def test_figures_of_a_run():
+    run = run_of([2.0, 1.0, 0.5, 0.6])
+    assert run.rise() == pytest.approx(0.2)
+    assert run.epochs_to(1.0) == 2
+    assert run.epochs_to(0.1) == math.inf
+
+
+def results_of(losses):
+    families = {family.name: family for family in two_stages.FAMILIES}
+    return [
+        two_stages.Result(families[name], [], [run_of([curve[0], curve[1] + 1e-3 * seed], seed) for seed in range(5)])
+        for name, curve in losses.items()
+    ]
+
+
+def test_verdicts():
+    losses = dict.fromkeys(("SGD", "AMSGrad"), (1.0, 0.5)) | {"Adam": (0.2, 0.3)}
+    losses |= {"TSO-ALRA": (0.45, 0.4), "never switching": (0.45, 0.42)}
+    claims = {claim.text: claim.verdict for claim in two_stages.judge("net", results_of(losses))}
+    assert claims["net: TSO-ALRA reduces the test loss faster than SGD."] == Verdict.HOLDS
+    assert claims["net: TSO-ALRA reduces the test loss faster than Adam."] == Verdict.UNDECIDED
+    assert claims["net: TSO-ALRA ends with a lower test loss than AMSGrad."] == Verdict.HOLDS
+    assert claims["net: TSO-ALRA ends with a lower test loss than Adam."] == Verdict.FAILS
+    assert claims["net: TSO-ALRA's test loss does not rise late in training."] == Verdict.HOLDS
+    assert claims["net: switching ends with a lower test loss than not."] == Verdict.HOLDS
+
+
+def test_validation_images_are_not_trained_on():
+    everything = images(300)
+    problem = two_stages.make_problem(Dataset(everything, images(10, 1)), Mlp(hidden=(8,)), 200, 3)
+    assert len(problem.train.labels) == 200
+    assert len(problem.validation.labels) == 40
+    rows = {picture.tobytes() for picture in np.asarray(problem.train.images)}
+    assert rows.isdisjoint(picture.tobytes() for picture in np.asarray(problem.validation.images))
+
+
+def test_rate_falls_after_half_and_three_quarters():
+    problem = two_stages.Problem(None, images(1280), None, None, num_epochs=4)
+    factors = [float(problem.factor(count)) for count in (0, 19, 20, 29, 30, 39)]
+    np.testing.assert_allclose(factors, [1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("name", ["SGD", "TSO-ALRA", "TSO-ALRA, on plateau", "power -1"])
+def test_families_learn_and_switch_where_they_are_told(name):
+    (family,) = [family for family in two_stages.FAMILIES if family.name == name]
+    problem = two_stages.make_problem(Dataset(images(1000), images(100, 1)), Mlp(hidden=(16,)), 512, 4)
+    trainer = two_stages.Trainer(problem, family)
+    run = trainer.run({"learning rate": 0.1, "switch at": 0.5}, seed=1)
+    assert run.evaluations["test_loss"][-1] < run.evaluations["test_loss"][0] < 3
+    if name == "TSO-ALRA":
+        state = trainer._init(jax.random.key(0), {"learning rate": 0.1, "switch at": 0.5})
+        stages = []
+        for _ in range(problem.num_steps):
+            state, _ = trainer._step(
+                state, np.arange(two_stages.BATCH_SIZE), {"learning rate": 0.1, "switch at": 0.5}, jnp.nan
+            )
+            stages.append(int(optcurv.diagnostics(state[1])["switch/stage"]))
+        assert stages == [0] * 8 + [1] * 8
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+@pytest.mark.parametrize("name", ["alexnet", "vgg"])
+def test_layers_of_the_networks_are_found(size, name):
+    network, batch = two_stages.NETWORKS[size][name], images(2)
+    params = jax.eval_shape(lambda: network.init(jax.random.key(0), batch.images))["params"]
+    loss = lambda p: classification_loss(network.apply({"params": p}, batch.images), batch)  # noqa: E731
+    found = optcurv.layers(loss, params)
+    assert not found.others
+    assert len(found.found) == (8 if name == "alexnet" else 9 if size == "small" else 13)
+
+
+def test_command_writes_tables_figures_and_pictures(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for prefix, batch in (("train", images(1000)), ("t10k", images(100, 1))):
+        pictures = np.asarray(255 * np.clip(batch.images[..., 0], 0, 1)).astype(np.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(pictures))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(np.asarray(batch.labels).astype(np.uint8)))
+    options = ["tso-alra", "--part", "alexnet", "--quick", "--data-dir", str(folder), "--output", str(tmp_path / "out")]
+    assert main(options) == 0
+    content = json.loads((tmp_path / "out" / "alexnet.json").read_text())
+    assert {family.name for family in two_stages.QUICK} <= content.keys()
+    assert (tmp_path / "out" / "alexnet.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "out" / "claims-alexnet.json").read_text())["claims"]) == 4
+
+
+def test_refreshes_are_told_apart():
+    rows = {
+        schedule.name: dict.fromkeys(("median", "average", "longest", "compile_seconds"), 1.0)
+        for schedule in refresh.SCHEDULES
+    }
+    for row in rows.values():
+        row |= {"gradient_compile_seconds": 2.0, "train_loss": 0.5, "learning_rate": 0.1}
+    table = refresh.results_table("title", rows, 10)
+    assert table.row_count == len(refresh.SCHEDULES)
