@@ -20,7 +20,7 @@ class Layer:
     r"""A kernel W, perhaps with a bias, that multiplies activations: :math:`s = W^\top a`.
 
     Attributes:
-      path: of the kernel, as `jax.tree_util.keystr` writes it.
+      path: of the kernel, as `path_name` writes it.
       kind: `dense` or `convolution`.
       kernel: its place among the parameters' leaves.
       bias: likewise; None without one.
@@ -177,6 +177,12 @@ def pull_back_taps(
     return found, taps
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """Writes the path of a leaf; the same for an nnx variable and for its value, which optimisers see in turn."""
+    is_value = path and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[:-1] if is_value else path)
+
+
 def _batch_size(found: Layers, arranged: list[list[tuple[jax.Array, jax.Array]]]) -> int:
     """Returns the size all layers' inputs lead with."""
     sizes = {
@@ -290,7 +296,7 @@ class _Use:
 def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, list[_Use]]]:
     """Gathers the products by kernel."""
     paths_and_leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
+    paths = [path_name(path) for path, _ in paths_and_leaves]
     reasons = {leaf: "goes into " + ", ".join(sorted(names)) for leaf, names in recording.lost.items()}
     uses: dict[int, list[_Use]] = {}
     for index, product in enumerate(recording.products):

@@ -34,7 +34,7 @@ from optcurv.kronecker import (
     refresh_powers,
 )
 from optcurv.switching import SwitchRule, switch
-from optcurv.taps import Layers, count_examples, pull_back_taps, tap
+from optcurv.taps import Layers, count_examples, path_name, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
 
@@ -358,7 +358,7 @@ def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves in their order, keyed by path."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:

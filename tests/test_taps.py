@@ -129,7 +129,7 @@ def problem(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_per_example_gradients(name):
+def test_taps_give_per_example_gradients_and_split_undoes_join(name):
     params, network, x, targets = problem(name)
     one = lambda params, x, target: jnp.sum(jnp.tanh(network(params, x[None])[0]) * target)  # noqa: E731
     expected = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(params, x, targets)
@@ -141,18 +141,11 @@ def test_per_example_gradients(name):
     for layer, uses in zip(found.found, taps, strict=True):
         actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
         reference = jax.vmap(lambda gradient, layer=layer: layer.join(jax.tree.leaves(gradient)))(expected)
+        for place, leaf in layer.split(layer.join(leaves), leaves).items():
+            np.testing.assert_array_equal(leaf, leaves[place])
         scale = jnp.abs(reference).max()
         tolerance = 1e-2 if leaves[layer.kernel].dtype == jnp.bfloat16 else 1e-5
         np.testing.assert_allclose(actual / scale, reference / scale, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_split_undoes_join(name):
-    params, network, x, targets = problem(name)
-    leaves = jax.tree.leaves(params)
-    for layer in optcurv.layers(mean_loss(network, x, targets), params).found:
-        for place, leaf in layer.split(layer.join(leaves), leaves).items():
-            np.testing.assert_array_equal(leaf, leaves[place])
 
 
 # The factors, with inputs and outputs caught by Flax.
@@ -374,3 +367,38 @@ def test_a_grid_of_positions_stands_for_all():
         KRONECKER.measure([grid], [False, False]),
         KRONECKER.measure([whole], [False, False]),
     )
+
+
+def test_a_bias_whose_entries_change_places_stays_alone():
+    params, x = {"w": normal(3, 2, 2), "b": normal(2, 2)}, normal(N, 3)
+    loss = lambda p: jnp.mean(jnp.einsum("nd,dhk->nhk", x, p["w"]) + p["b"].T)  # noqa: E731
+    found = optcurv.layers(loss, params)
+    assert found.found[0].bias is None
+    assert [path for path, _ in found.others.values()] == ["['b']"]
+
+
+def test_what_is_added_along_positions_is_no_bias():
+    params, x = {"w": normal(3, 4), "b": normal(4)}, normal(N, 4, 3)
+    loss = lambda p: jnp.mean(x @ p["w"] + p["b"][:, None])  # noqa: E731
+    assert optcurv.layers(loss, params).found[0].bias is None
+
+
+@pytest.mark.parametrize(
+    "kernel_of",
+    [
+        lambda p: jnp.broadcast_to(p["v"], (3, 4)),
+        lambda p: jnp.concatenate([p["v"], p["w"] * 2.0]),
+        lambda p: jnp.concatenate([p["v"], p["w"]], axis=0).reshape(4, 3).T,
+        lambda p: jnp.concatenate([p["v"], p["w"]], axis=0).T.reshape(3, 4),
+    ],
+    ids=["repeated", "scaled", "reshaped", "transposed"],
+)
+def test_kernels_that_are_not_their_entries_rearranged_are_no_layers(kernel_of):
+    params, x = {"v": normal(1, 4), "w": normal(2, 4), "head": normal(4, 2)}, normal(N, 3)
+
+    def loss(p):
+        kernel = kernel_of(p)
+        return jnp.mean((x[:, : kernel.shape[0]] @ kernel) @ p["head"])
+
+    found = optcurv.layers(loss, params)
+    assert [layer.path for layer in found.found] == ["['head']"]
