@@ -25,6 +25,14 @@ BATCH_SIZE = 128
 TUNING_SEED = 0
 
 
+def _dense_head(x: jax.Array, hidden: int, num_classes: int) -> jax.Array:
+    """Two dense layers with ReLU, and logits."""
+    x = x.reshape(x.shape[0], -1)
+    for _ in range(2):
+        x = nn.relu(nn.Dense(hidden)(x))
+    return nn.Dense(num_classes)(x)
+
+
 class AlexNet(nn.Module):
     """Five convolutions and three dense layers, after Krizhevsky et al. (2012), for small images; returns logits."""
 
@@ -41,10 +49,7 @@ class AlexNet(nn.Module):
         for width in rest:
             x = nn.relu(nn.Conv(width, (3, 3))(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.hidden)(x))
-        return nn.Dense(self.num_classes)(x)
+        return _dense_head(x, self.hidden, self.num_classes)
 
 
 class Vgg(nn.Module):
@@ -62,10 +67,7 @@ class Vgg(nn.Module):
             for width in block:
                 x = nn.relu(nn.Conv(width, (3, 3))(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.hidden)(x))
-        return nn.Dense(self.num_classes)(x)
+        return _dense_head(x, self.hidden, self.num_classes)
 
 
 NETWORKS: dict[str, dict[str, nn.Module]] = {

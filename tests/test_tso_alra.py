@@ -254,7 +254,10 @@ def test_statistics_that_are_not_finite_are_not_averaged_in():
         loss = lambda p: loss_of(1)(p) * poison  # noqa: E731
         return optimizer.update(jax.grad(loss_of(1))(params), state, params, value_fn=loss)
 
-    _, state = update(optimizer.init(params), 1.0)
+    updates, before = update(optimizer.init(params), jnp.nan)  # no statistics yet
+    assert optax.tree.norm(updates) == 0
+    assert not before.info.finite
+    _, state = update(before, 1.0)
     updates, after = update(state, jnp.nan)
     jax.tree.map(
         np.testing.assert_array_equal,
