@@ -1,6 +1,6 @@
 """The pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +34,18 @@ def plot_curves(path: Path, title: str, runs: Mapping[str, Sequence[Run]]) -> No
             x = np.mean([run.curve[axis] for run in method_runs], axis=0)
             panel.plot(x, losses.mean(axis=0), label=name, markevery=4, **style)
             panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
-    for panel, label in zip(panels, _AXES.values(), strict=True):
+    _finish_losses(figure, panels, _AXES.values(), "training loss, mini-batch average", title)
+    _save(figure, path)
+
+
+def _finish_losses(figure: Figure, panels: Sequence[Axes], labels: Iterable[str], loss: str, title: str) -> None:
+    """Names the axes of a row of losses, and what is drawn."""
+    for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel(label)
         _log_axis(panel)
-    panels[0].set_ylabel("training loss, mini-batch average")
+    panels[0].set_ylabel(loss)
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
-    _save(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -202,10 +207,5 @@ def plot_stages(path: Path, title: str, results: Sequence[two_stages.Result]) ->
             x = np.mean([run.evaluations[axis] for run in result.final], axis=0)
             mean, half_width = mean_interval([run.evaluations["test_loss"] for run in result.final])
             _draw_band(panel, x, np.array([mean - half_width, mean, mean + half_width]), result.family.name, style)
-    for panel, label in zip(panels, ("epochs", _AXES["seconds"]), strict=True):
-        panel.set_xlabel(label)
-        _log_axis(panel)
-    panels[0].set_ylabel("test loss (negative log-likelihood)")
-    figure.suptitle(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
+    _finish_losses(figure, panels, ("epochs", _AXES["seconds"]), "test loss (negative log-likelihood)", title)
     _save(figure, path)

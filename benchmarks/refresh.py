@@ -1,8 +1,6 @@
 """What a preconditioned step costs, refreshed more or less often, and what the loss after equal steps makes of it."""
 
-import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,11 +10,10 @@ import optax
 from rich.table import Table
 
 import optcurv
-from benchmarks.cost import Workload, random_batch
+from benchmarks.cost import CompiledStep, Workload, random_batch
 from benchmarks.data import Dataset
 from benchmarks.methods import GRADIENT_DESCENT, Method
-from benchmarks.models import Batch
-from benchmarks.training import Problem, State, Trainer, init_state, train_step
+from benchmarks.training import Problem, Trainer
 
 NUM_STEPS = 200
 """Steps after which losses are compared: two refreshes at the defaults."""
@@ -55,35 +52,15 @@ def make_method(schedule: Schedule) -> Method:
     return Method(schedule.name, optimizer, "learning rate", _RATES, 1)
 
 
-class _Stepper:
-    """A compiled training step and its state."""
-
-    def __init__(self, workload: Workload, method: Method, batch: Batch) -> None:
-        self.batch, self.setting = batch, method.grid[0]
-        self.state: State = jax.jit(functools.partial(init_state, workload.task, method))(jax.random.key(0), batch)
-        step = jax.jit(functools.partial(train_step, workload.task, method), donate_argnums=0)
-        lowered = step.lower(self.state, batch, self.setting)
-        start = time.perf_counter()
-        self.compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
-
-    def seconds(self) -> float:
-        """Takes a step; returns how long it took."""
-        start = time.perf_counter()
-        self.state, _ = self.compiled(self.state, self.batch, self.setting)
-        jax.block_until_ready(self.state)
-        return time.perf_counter() - start
-
-
 def measure_cost(workload: Workload, schedule: Schedule) -> dict[str, float]:
     """Times a cycle of refreshes, a gradient step before each step; the first ones, with their own refreshes, aside.
 
     Most steps refresh nothing, so that the median is theirs.
     """
     batch = random_batch(workload.batch_size)
-    gradient, stepper = (_Stepper(workload, method, batch) for method in (GRADIENT_DESCENT, make_method(schedule)))
+    gradient, stepper = (CompiledStep(workload, method, batch) for method in (GRADIENT_DESCENT, make_method(schedule)))
     num_steps = max(schedule.root_every, 40)
-    times = np.array([(gradient.seconds(), stepper.seconds()) for _ in range(_EARLY + num_steps)])[_EARLY:]
+    times = np.array([(gradient.seconds(1), stepper.seconds(1)) for _ in range(_EARLY + num_steps)])[_EARLY:]
     return {
         "median": float(np.median(times[:, 1] / times[:, 0])),
         "average": float(times[:, 1].sum() / times[:, 0].sum()),

@@ -5,6 +5,7 @@ from optcurv.diagnostics import diagnostics
 from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
 from optcurv.kronecker import BLOCK, DIAGONAL, KRONECKER, Structure
 from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
+from optcurv.labels import sample_categorical, sample_gaussian
 from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
 from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
@@ -12,7 +13,7 @@ from optcurv.surface import diagonal_mass, least_squares_diagonal_mass, wigner_d
 from optcurv.switching import SwitchRule, on_plateau, switch
 from optcurv.taps import layers
 from optcurv.trust_region import adaptive_cubic, trust_region
-from optcurv.tso_alra import sample_categorical, sample_gaussian, scale_by_kronecker, tso_alra
+from optcurv.tso_alra import scale_by_kronecker, tso_alra
 
 __version__ = "0.1.0"
 

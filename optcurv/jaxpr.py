@@ -182,6 +182,11 @@ class Product:
     bias: tuple[View, ...] = ()
     lengths: tuple[int, ...] = ()
 
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is one, or else a matrix product."""
+        return self.primitive == "conv_general_dilated"
+
     def parameter_axes(self) -> tuple[list[int], list[int], list[int]]:
         """Returns the axes of the parameters' operand that a matrix product stacks, sums over and leaves."""
         contracted, batch = (list(axes[0 if self.comes_first else 1]) for axes in self.params["dimension_numbers"])
@@ -189,7 +194,7 @@ class Product:
 
     def feature_axes(self) -> list[int]:
         """Returns the axes of the result that the parameters bring into it."""
-        if self.primitive == "conv_general_dilated":
+        if self.is_convolution:
             return [self.params["dimension_numbers"].out_spec[1]]
         batch, _, free = self.parameter_axes()
         first = len(batch) if self.comes_first else len(self.out.shape) - len(free)
@@ -408,7 +413,7 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
         out=jax.ShapeDtypeStruct(_shape(eqn.outvars[0]), jnp.result_type(eqn.outvars[0].aval)),
     )
     whole = math.prod(shape) == sum(view.size for view in views)
-    if product.primitive == "conv_general_dilated":
+    if product.is_convolution:
         usable = not comes_first and axis is None and eqn.params["batch_group_count"] == 1
     else:
         batch, contracted, free = product.parameter_axes()

@@ -239,7 +239,7 @@ class _Use:
         """Returns what is equal for uses that can share their factors."""
         product = self.product
         axes = product.params["dimension_numbers"]
-        arrangement = axes.rhs_spec if _is_convolution(product) else product.parameter_axes()
+        arrangement = axes.rhs_spec if product.is_convolution else product.parameter_axes()
         return product.primitive, arrangement, product.params.get("feature_group_count"), self.view.layout()
 
     def bias(self) -> int | None:
@@ -251,9 +251,7 @@ class _Use:
 
     def matrix(self, leaf: jax.Array) -> jax.Array:
         """Arranges an array like the kernel as (stack, in, out)."""
-        arrange = functools.partial(
-            _convolution_kernel if _is_convolution(self.product) else _dense_kernel, self.product
-        )
+        arrange = functools.partial(_convolution_kernel if self.product.is_convolution else _dense_kernel, self.product)
         for _ in range(sum(self.view.sliced)):
             arrange = jax.vmap(arrange)
         matrices = arrange(self.view(leaf))
@@ -264,7 +262,7 @@ class _Use:
     ) -> tuple[jax.Array, jax.Array]:
         """Arranges a product's activations and the gradients at its results, the kernel's part of either."""
         product = self.product
-        if _is_convolution(product):
+        if product.is_convolution:
             inputs = self._unscanned(functools.partial(_patches, product, max_positions), activations)
             return inputs, self._unscanned(functools.partial(_convolution_outputs, product), cotangents)
         inputs = self._unscanned(functools.partial(_dense_inputs, product), activations)
@@ -316,7 +314,7 @@ def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, l
             reasons.setdefault(bias, "is added in several places")
             bias = None
         stack, in_size, out_size = jax.eval_shape(several[0].matrix, paths_and_leaves[kernel][1]).shape
-        kind = "convolution" if _is_convolution(several[0].product) else "dense"
+        kind = "convolution" if several[0].product.is_convolution else "dense"
         layer = Layer(
             paths[kernel], kind, kernel, bias, stack, in_size, out_size, len(several), matrix_of=several[0].matrix
         )
@@ -324,10 +322,6 @@ def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, l
     members = {leaf for layer in found for leaf in (layer.kernel, layer.bias)}
     others = {leaf: (path, reasons.get(leaf, "in no layer")) for leaf, path in enumerate(paths) if leaf not in members}
     return Layers(tuple(found), others), uses
-
-
-def _is_convolution(product: Product) -> bool:
-    return product.primitive == "conv_general_dilated"
 
 
 def _dense_kernel(product: Product, kernel: jax.Array) -> jax.Array:

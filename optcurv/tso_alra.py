@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -33,6 +33,7 @@ from optcurv.kronecker import (
     init_powers,
     refresh_powers,
 )
+from optcurv.labels import LabelSampler
 from optcurv.switching import SwitchRule, switch
 from optcurv.taps import Layers, count_examples, path_name, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
@@ -76,49 +77,6 @@ class ScaleByKroneckerState(NamedTuple):
     squares: dict[str, jax.Array]
     powers: Powers
     info: KroneckerInfo
-
-
-LabelSampler: TypeAlias = Callable[[jax.Array, PyTree], PyTree]
-"""Draws labels from a model's predictions: maps a random key and the outputs to the gradient, by the outputs, of the
-mean negative log-likelihood of labels so drawn."""
-
-
-def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws a class from the softmax of each row: the gradient of the mean cross-entropy.
-
-    Args:
-      key: a random key.
-      logits: `(..., classes)`.
-
-    Returns:
-      The gradient by the logits.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optcurv
-      >>> print(optcurv.sample_categorical(jax.random.key(0), jnp.array([[100.0, 0.0]])))
-      [[0. 0.]]
-    """
-    labels = jax.random.categorical(key, logits)
-    probabilities = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return probabilities / labels.size
-
-
-def sample_gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Draws targets with unit variance around the outputs: the gradient of half the mean squared distance.
-
-    Args:
-      key: a random key.
-      outputs: `(examples, ...)`; the distance is summed over all other axes.
-
-    Returns:
-      The gradient by the outputs.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optcurv
-      >>> print(optcurv.sample_gaussian(jax.random.key(0), jnp.zeros((4, 3))).shape)
-      (4, 3)
-    """
-    return jax.random.normal(key, outputs.shape, outputs.dtype) / outputs.shape[0]
 
 
 def scale_by_kronecker(

@@ -11,7 +11,7 @@ import optcurv
 
 FLOORS = [
     {"arguments", "jaxpr"},
-    {"curvature", "quadratic", "switching", "taps"},
+    {"curvature", "labels", "quadratic", "switching", "taps"},
     {"krylov", "kronecker", "shapes"},
     {"edf", "pal", "trust_region", "tso_alra", "surface", "masking", "diagnostics"},
     {"__init__"},
