@@ -6,7 +6,7 @@ from pathlib import Path
 from flax import linen as nn
 from rich.console import Console
 
-from benchmarks import data, refresh, two_stages
+from benchmarks import data, peer, refresh, two_stages
 from benchmarks.claims import claims_table
 from benchmarks.cost import WORKLOADS
 from benchmarks.plots import plot_stages
@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=4, help="fresh seeds for the tuned methods; verdicts need 4 (default: 4)"
     )
+    parser.add_argument("--peer", choices=["kfac-jax"], help="compare with this library, and do nothing else")
+    parser.add_argument(
+        "--peer-environment",
+        type=Path,
+        default=Path.home() / ".cache" / "optcurv" / "kfac-jax",
+        help="where it is installed, unless it is there already (default: %(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each run beside the peer (default: 10)")
     parser.add_argument("--quick", action="store_true", help="few settings, two epochs of 640 images: does it run?")
     parser.add_argument("--output", type=Path, default=Path("results/tso-alra"), help="folder (default: %(default)s)")
 
@@ -37,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures, judges and writes tables, JSON and pictures."""
     dataset = data.fashion_mnist(args.data_dir)
+    if args.peer:
+        compare_with_peer(args, dataset)
+        return 0
     for name, network in two_stages.NETWORKS[args.size].items():
         if args.part in (name, "all"):
             train_network(args, dataset, name, network)
@@ -74,3 +85,14 @@ def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset) -> None:
                 rows[schedule.name] |= refresh.measure_loss(workload, dataset, schedule, num_steps, report)
         title = f"Refreshing factors and roots: {name} of `cost`, batch {workload.batch_size}"
         write(args.output / f"refresh-{name}", refresh.results_table(title, rows, num_steps), {"rows": rows})
+
+
+def compare_with_peer(args: argparse.Namespace, dataset: data.Dataset) -> None:
+    """Costs of steps, and losses after equal seconds, beside kfac-jax."""
+    python, results = peer.make_environment(args.peer_environment), {}
+    cases = [(name, power) for name in peer.NETWORKS for power in peer.POWERS]
+    with progress_bar(24 * len(cases)) as report:
+        for name, power in cases:
+            results[f"{name}, {power:g}"] = peer.compare(dataset, python, name, power, args.seconds, report)
+    table = peer.results_table(results, args.seconds)
+    write(args.output / "peer-kfac-jax", table, {"schedule": peer.SCHEDULE, "results": results})

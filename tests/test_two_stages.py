@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import optcurv
-from benchmarks import refresh, two_stages
+from benchmarks import peer, refresh, two_stages
 from benchmarks.__main__ import main
 from benchmarks.claims import Verdict
 from benchmarks.data import Dataset
@@ -127,3 +127,54 @@ def test_refreshes_are_told_apart():
         row |= {"gradient_compile_seconds": 2.0, "train_loss": 0.5, "learning_rate": 0.1}
     table = refresh.results_table("title", rows, 10)
     assert table.row_count == len(refresh.SCHEDULES)
+
+
+@pytest.fixture
+def peer_data(tmp_path):
+    batch, order = images(200), np.random.default_rng(0).integers(0, 200, (20, 64))
+    np.savez(tmp_path / "data.npz", images=batch.images, labels=batch.labels, order=order)
+    return str(tmp_path / "data.npz")
+
+
+def test_sides_of_the_peer_comparison_step_and_learn(peer_data):
+    side = peer.OptcurvSide("cnn", -0.5, factor_every=2, root_every=4, data=peer_data)
+    setting = {"learning rate": 0.1, "damping": 1e-2}
+    untrained = side.train(0.0, setting)
+    assert untrained["steps"] == 0
+    state = side.start()
+    for count in range(40):
+        state = side.step(state, count, setting)
+    assert float(side._loss(state[0], side.images, side.labels)) < 0.5 * untrained["loss"]
+    assert side.gradient_seconds(2) > 0
+    side.step_seconds(3, setting)
+    side.step_seconds(2, setting)
+    assert int(side._stepping[1][0].count) == 5  # the clock's steps go on from one another
+
+
+def test_costs_are_multiples_of_each_sides_own_gradient_step():
+    speeds = {"optcurv": (1.0, 2.0), "kfac-jax": (3.0, 12.0)}
+
+    def call(name):
+        return lambda method, steps, *_: steps * speeds[name][method == "step_seconds"]
+
+    assert peer.measure_costs({name: call(name) for name in speeds}, {}) == {"optcurv": 2.0, "kfac-jax": 4.0}
+
+
+def test_tuning_keeps_the_least_finite_loss():
+    losses = {0.1: 2.0, 0.2: 1.0, 0.3: math.nan}
+    call = lambda method, seconds, setting: {"loss": losses[setting["learning rate"]], "steps": 3}  # noqa: E731
+    best = peer.tune(call, {"learning rate": tuple(losses)}, 1.0, lambda text: None)
+    assert best == {"setting": {"learning rate": 0.2}, "loss": 1.0, "steps": 3}
+
+
+def test_an_environment_made_before_is_used_again(tmp_path):
+    (tmp_path / "complete").touch()
+    assert peer.make_environment(tmp_path) == tmp_path / "bin" / "python"
+
+
+def test_the_end_of_the_other_side_is_told(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nread line\n")
+    python.chmod(0o755)
+    with pytest.raises(RuntimeError, match="side ended"), peer.kfac_side(python, {}):
+        pass
