@@ -8,6 +8,7 @@ from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
 from optcurv.labels import sample_categorical, sample_gaussian
 from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
+from optcurv.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
 from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
 from optcurv.surface import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
 from optcurv.switching import SwitchRule, on_plateau, switch
@@ -20,14 +21,21 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCK",
     "DIAGONAL",
+    "EULER",
+    "HEUN",
     "KRONECKER",
+    "MIDPOINT",
+    "RALSTON",
+    "RK4",
     "Composite",
     "Metric",
     "Shape",
     "Stop",
     "Structure",
     "SwitchRule",
+    "Tableau",
     "adagrad_shape",
+    "adam_rk2",
     "adaptive_cubic",
     "diagnostics",
     "diagonal_mass",
@@ -43,12 +51,14 @@ __all__ = [
     "on_plateau",
     "pal",
     "rmsprop_shape",
+    "runge_kutta",
     "sample_categorical",
     "sample_gaussian",
     "scale_by_edf",
     "scale_by_kronecker",
     "scale_by_nesterov_flow",
     "scale_by_parabolic_linesearch",
+    "sgd_rk2",
     "steihaug",
     "switch",
     "trust_region",

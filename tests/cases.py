@@ -23,7 +23,8 @@ class Case:
       variant: whether it is another choice of options for a method that has a row already; `-m "not variant"` leaves
         such rows out.
       needs_layers: whether a loss without layers is refused.
-      moves_without_gradient: whether negative curvature moves it where the gradient is zero.
+      moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
+        along gradients elsewhere.
     """
 
     name: str
@@ -111,6 +112,13 @@ CASES = [
         {"shape": optcurv.uniform_shape(), "max_iter": 6},
         static=("shape", "max_iter", "curvature", "seed"),
         curvature=True,
+        moves_without_gradient=True,
+    ),
+    Case(
+        "adam-rk2",
+        optcurv.runge_kutta,
+        {"inner": optax.adam(0.1), "step_size": 0.01},
+        static=("inner", "tableau"),
         moves_without_gradient=True,
     ),
     tso_alra_case("tso-alra", optcurv.KRONECKER, variant=False),
