@@ -74,7 +74,7 @@ def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, ne
 
 def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset) -> None:
     """Costs of steps, and losses after equally many, on the networks of `cost`."""
-    num_steps = 10 if args.quick else refresh.NUM_STEPS
+    num_steps, drift_steps = (10, 40) if args.quick else (refresh.NUM_STEPS, refresh.DRIFT_STEPS)
     schedules = refresh.SCHEDULES[: 1 if args.quick else None]
     for name, workload in WORKLOADS.items():
         rows = {}
@@ -83,8 +83,10 @@ def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset) -> None:
                 rows[schedule.name] = refresh.measure_cost(workload, schedule)
                 report(f"{schedule.name}: timed")
                 rows[schedule.name] |= refresh.measure_loss(workload, dataset, schedule, num_steps, report)
+        drift = refresh.measure_drift(workload, dataset, drift_steps)
         title = f"Refreshing factors and roots: {name} of `cost`, batch {workload.batch_size}"
-        write(args.output / f"refresh-{name}", refresh.results_table(title, rows, num_steps), {"rows": rows})
+        table = refresh.results_table(title, rows, num_steps, drift, drift_steps)
+        write(args.output / f"refresh-{name}", table, {"rows": rows, "drift": drift})
 
 
 def compare_with_peer(args: argparse.Namespace, dataset: data.Dataset) -> None:

@@ -125,7 +125,7 @@ def test_refreshes_are_told_apart():
     }
     for row in rows.values():
         row |= {"gradient_compile_seconds": 2.0, "train_loss": 0.5, "learning_rate": 0.1}
-    table = refresh.results_table("title", rows, 10)
+    table = refresh.results_table("title", rows, 10, drift=1.0, drift_steps=100)
     assert table.row_count == len(refresh.SCHEDULES)
 
 
