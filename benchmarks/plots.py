@@ -17,9 +17,9 @@ from benchmarks.training import Run
 
 _AXES = {"steps": "steps", "gradients": "gradient-equivalents", "seconds": "time in seconds"}
 # Okabe and Ito's colours, told apart by the colour-blind; lines and markers, by those who print in black and white.
-_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7")
-_LINES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_MARKERS = ("o", "s", "^", "v", "D", "P", "X")
+_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+_LINES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
 _LOSSES_SHOWN = (1e-9, 1e9)  # below lies rounding, above divergence
 _PROGRESS_SHOWN = (0.5, 1.02)
 

@@ -10,7 +10,7 @@ from benchmarks import data, peer, refresh, two_stages
 from benchmarks.claims import claims_table
 from benchmarks.cost import WORKLOADS
 from benchmarks.plots import plot_stages
-from benchmarks.report import progress_bar, write
+from benchmarks.report import print_table, progress_bar, write, write_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of each run beside the peer (default: 10)")
     parser.add_argument("--quick", action="store_true", help="few settings, two epochs of 640 images: does it run?")
-    parser.add_argument("--output", type=Path, default=Path("results/tso-alra"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/tso-alra"),
+        help="folder; runs found there are kept (default: %(default)s)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -63,10 +68,12 @@ def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, ne
     problem = two_stages.make_problem(dataset, network, num_images, num_epochs)
     families = two_stages.QUICK if args.quick else two_stages.FAMILIES
     with progress_bar(sum(len(family.settings()) + num_seeds for family in families)) as report:
-        results = two_stages.measure(problem, families, num_seeds, report)
+        results = two_stages.measure(problem, families, num_seeds, args.output / f"{name}.json", report)
     title = f"Fashion-MNIST, {name}, {num_images} images, {num_epochs} epochs"
     claims = two_stages.judge(name, results)
-    write(args.output / name, two_stages.results_table(title, results), two_stages.as_json(results))
+    table = two_stages.results_table(title, results)
+    print_table(table)
+    write_table(args.output / f"{name}.txt", table)
     content = {"claims": [claim._asdict() for claim in claims]}
     write(args.output / f"claims-{name}", claims_table(f"{name}: what held", claims), content)
     plot_stages(args.output / f"{name}.png", title, results)

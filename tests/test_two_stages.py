@@ -92,6 +92,21 @@ def test_families_learn_and_switch_where_they_are_told(name):
         assert stages == [0] * 8 + [1] * 8
 
 
+def test_runs_found_are_kept(tmp_path, monkeypatch):
+    problem = two_stages.make_problem(Dataset(images(1000), images(100, 1)), Mlp(hidden=(16,)), 256, 2)
+    one, other = (two_stages.Family("SGD", {"learning rate": rates}, two_stages._sgd) for rates in ((0.1,), (0.2,)))
+    path, told = tmp_path / "net.json", []
+    (first,) = two_stages.measure(problem, [one], 1, path, told.append)
+    assert len(told) == 2  # one setting, one seed
+    monkeypatch.setattr(two_stages, "Trainer", None)
+    (second,) = two_stages.measure(problem, [one], 1, path, told.append)
+    assert second == first
+    with pytest.raises(TypeError):  # it would measure another grid, or more seeds
+        two_stages.measure(problem, [other], 1, path, told.append)
+    with pytest.raises(TypeError):
+        two_stages.measure(problem, [one], 2, path, told.append)
+
+
 @pytest.mark.parametrize("size", ["small", "full"])
 @pytest.mark.parametrize("name", ["alexnet", "vgg"])
 def test_layers_of_the_networks_are_found(size, name):
@@ -113,7 +128,7 @@ def test_command_writes_tables_figures_and_pictures(tmp_path):
     options = ["tso-alra", "--part", "alexnet", "--quick", "--data-dir", str(folder), "--output", str(tmp_path / "out")]
     assert main(options) == 0
     content = json.loads((tmp_path / "out" / "alexnet.json").read_text())
-    assert {family.name for family in two_stages.QUICK} <= content.keys()
+    assert {family.name for family in two_stages.QUICK} == content["families"].keys()
     assert (tmp_path / "out" / "alexnet.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((tmp_path / "out" / "claims-alexnet.json").read_text())["claims"]) == 7
 
