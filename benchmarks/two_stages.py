@@ -170,7 +170,7 @@ _BOUNDED_RATES = {"learning rate": (1e-1, 3e-1)}
 _NEVER_RATES = {"learning rate": (1e-1, 3e-1, 1.0)}
 _NATURAL_RATES = {"learning rate": (3e-1, 1.0)}
 _SWITCHES = {"switch at": (0.1, 0.45)}
-_SGD_RATE = 0.1  # the best for SGD alone
+_SGD_RATE = 0.1  # about the best for SGD alone
 
 FAMILIES = (
     Family("SGD", _RATES, _sgd),

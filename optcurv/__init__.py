@@ -10,7 +10,19 @@ from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
 from optcurv.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
 from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
-from optcurv.surface import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.spectra import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.surface import (
+    absolute_line,
+    barrier_height,
+    barycentric,
+    basin_width,
+    bilinear,
+    functional_distance,
+    label_disagreement,
+    line,
+    plane,
+    random_direction,
+)
 from optcurv.switching import SwitchRule, on_plateau, switch
 from optcurv.taps import layers
 from optcurv.trust_region import adaptive_cubic, trust_region
@@ -34,22 +46,32 @@ __all__ = [
     "Structure",
     "SwitchRule",
     "Tableau",
+    "absolute_line",
     "adagrad_shape",
     "adam_rk2",
     "adaptive_cubic",
+    "barrier_height",
+    "barycentric",
+    "basin_width",
+    "bilinear",
     "diagnostics",
     "diagonal_mass",
     "edf",
     "full_matrix_shape",
+    "functional_distance",
     "gauss_newton_product",
     "hessian_product",
+    "label_disagreement",
     "lanczos",
     "layers",
     "least_squares_diagonal_mass",
+    "line",
     "masked",
     "minres",
     "on_plateau",
     "pal",
+    "plane",
+    "random_direction",
     "rmsprop_shape",
     "runge_kutta",
     "sample_categorical",

@@ -1,196 +1,477 @@
-"""What a loss surface looks like around a point. Functions return arrays; they never draw."""
+"""Slices of the loss surface. Functions return arrays; they never draw."""
 
-import math
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
-from optcurv.arguments import PyTree, at_least_float32, check_count, check_number
-from optcurv.curvature import MatVec
+from optcurv.arguments import PyTree, check_count
 
-_MOST_COLUMNS = 20_000  # of an operator measured whole unless told otherwise
-_DRAWN_COLUMNS = 1_000  # of a larger one
-_BLOCK_NUMBERS = 2**22  # held by a block of columns: 16 MiB in float32
-_WIDEST_BLOCK = 128  # columns; wider ones make nothing faster, and the network's activations grow with them
+SliceFn = Callable[..., PyTree]
+"""Maps parameters, or parameters and a batch, to a number or any pytree of metrics."""
 
 
-class DiagonalMass(NamedTuple):
-    """What `diagonal_mass` measured.
+def line(
+    value_fn: SliceFn,
+    start: PyTree,
+    end: PyTree,
+    coefficients: jax.typing.ArrayLike,
+    *,
+    batches: Iterable[PyTree] | None = None,
+    num_at_once: int = 1,
+) -> PyTree:
+    r"""Evaluates a function on the line through two points.
 
-    Attributes:
-      mass: the share of the diagonal, a scalar in [0, 1].
-      standard_error: of `mass`, a scalar; 0 where every column was measured.
-    """
+    .. math:: \theta(\alpha) = (1 - \alpha)\, \theta_{start} + \alpha\, \theta_{end}
 
-    mass: jax.Array
-    standard_error: jax.Array
-
-
-def diagonal_mass(
-    matvec: MatVec, params: PyTree, *, num_probes: int | None = None, key: chex.PRNGKey | None = None
-) -> DiagonalMass:
-    r"""The share of a symmetric operator's absolute mass that lies on its diagonal.
-
-    .. math:: \delta_A = \frac{\sum_i |A_{ii}|}{\sum_i \sum_j |A_{ij}|}
-
-    (section 3.2 of "Adaptive norms for deep learning with regularized Newton methods"): 1 for a diagonal matrix, about
-    1/d for one without structure. `wigner_diagonal_mass` and `least_squares_diagonal_mass` say what chance gives.
-
-    The columns are products with unit vectors, taken a block at a time and accumulated in at least float32, so that no
-    d×d matrix is ever held. Operators of up to 20 000 parameters are measured whole. Of larger ones 1 000 columns are
-    drawn at random without replacement: with :math:`a_j = |A_{jj}|` and :math:`b_j = \sum_i |A_{ij}|` of the n columns
-    drawn, the estimate is the ratio :math:`\hat\delta = \sum a_j / \sum b_j`, and its standard error
-
-    .. math:: \frac{1}{\bar b} \sqrt{\Bigl(1 - \frac{n}{d}\Bigr) \frac{1}{n (n - 1)}
-        \sum_j (a_j - \hat\delta\, b_j)^2}
-
-    (delta method, with the finite population correction).
+    (Eq. 2 of "An empirical analysis of the optimization of deep network loss surfaces", after Goodfellow et al. 2015).
+    Points are made and evaluated one after the other in one jitted loop: memory does not grow with their number.
 
     Args:
-      matvec: the product :math:`v \mapsto A v` with a symmetric A, such as `optcurv.hessian_product(loss, params)`; it
-        must map under `jax.vmap` and return the structure of its argument.
-      params: any pytree of real arrays, d numbers in all; only structure, shapes and dtypes matter.
-      num_probes: columns to draw, from 2 to d; default None, all of up to 20 000 and 1 000 of more.
-      key: for the draw, a key of `jax.random`; default `jax.random.key(0)`. Not used where all columns are measured.
+      value_fn: a loss, or any function of the parameters that returns a pytree of arrays, such as training loss, test
+        loss and accuracy at once. With `batches`, a function of parameters and batch.
+      start: parameters, any pytree; α = 0.
+      end: parameters of the same structure and shapes; α = 1.
+      coefficients: α, of shape (n,); values outside of [0, 1] lie beyond the ends.
+      batches: of a data set too large for one; values are averaged, each batch in proportion to the leading axis of its
+        first array. For a progress bar wrap them: `rich.progress.track(batches)`.
+      num_at_once: points evaluated together, default 1: more is faster where one does not fill the device.
 
     Returns:
-      A `DiagonalMass`: `mass` and `standard_error`, both without unit; not a number where A is zero or not finite.
+      What `value_fn` returns, with n entries along a new first axis; NaN where it was not finite stays in it.
 
     Raises:
-      TypeError: if `matvec` is no function, `num_probes` is not a Python int, or `params` are complex.
-      ValueError: if `num_probes` is out of range, `params` hold no number, or `matvec` returns another structure.
+      ValueError: if the points differ in structure or shapes, or there is no coefficient or no batch.
+      TypeError: if `value_fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> loss = lambda w: w[0] ** 2 + w[1] ** 2 + w[0] * w[1]
-      >>> w = jnp.zeros(2)
-      >>> result = optcurv.diagonal_mass(optcurv.hessian_product(loss, w), w)  # of [[2, 1], [1, 2]]
-      >>> print(f"{result.mass:.4f} ± {result.standard_error:.4f}")
-      0.6667 ± 0.0000
+      >>> loss = lambda w: jnp.sum(w**2)
+      >>> print(optcurv.line(loss, jnp.array([1.0]), jnp.array([-1.0]), jnp.linspace(0.0, 1.5, 4)))
+      [1. 0. 1. 4.]
     """
-    if not callable(matvec):
-        raise TypeError(
-            "matvec must be a function v -> Av, such as optcurv.hessian_product(loss, params), "
-            f"got {type(matvec).__name__}."
-        )
-    params = at_least_float32(params)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if dimension == 0:
-        raise ValueError("params must hold at least one number; these are empty.")
-    columns = _columns(dimension, num_probes, key)
-    num_columns = len(columns)
-
-    def measure(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        basis = _unit_vector(params, index)
-        column = matvec(basis)
-        if _layout(column) != _layout(basis):
-            raise ValueError("matvec must return a pytree of the structure and shapes of params.")
-        absolute = jax.tree.map(jnp.abs, at_least_float32(column))
-        return _sum(jax.tree.map(jnp.multiply, basis, absolute)), _sum(absolute)
-
-    block = max(1, min(_WIDEST_BLOCK, _BLOCK_NUMBERS // dimension))
-    diagonal, total = jax.lax.map(measure, columns, batch_size=block)
-    mass = diagonal.sum() / total.sum()
-    sampling = (1 - num_columns / dimension) / (num_columns * max(num_columns - 1, 1))
-    error = jnp.sqrt(sampling * jnp.sum((diagonal - mass * total) ** 2)) / total.mean()
-    return DiagonalMass(mass, error)
+    alpha = _coefficients("coefficients", coefficients)
+    return _evaluate(value_fn, (start, end), jnp.stack([1 - alpha, alpha], axis=-1), batches, num_at_once)
 
 
-def _columns(dimension: int, num_probes: int | None, key: chex.PRNGKey | None) -> jax.Array:
-    """The indices of the columns to measure."""
-    if num_probes is not None:
-        check_count("num_probes", num_probes)
-        if not min(2, dimension) <= num_probes <= dimension:
-            raise ValueError(
-                f"num_probes must be from 2 to the number of parameters, {dimension}, got {num_probes}. "
-                "Leave it out to measure every column of up to 20 000."
-            )
-    elif dimension <= _MOST_COLUMNS:
-        return jnp.arange(dimension)
-    key = jax.random.key(0) if key is None else key
-    return jax.random.permutation(key, dimension)[: num_probes or _DRAWN_COLUMNS]
+def absolute_line(
+    value_fn: SliceFn,
+    start: PyTree,
+    end: PyTree,
+    distances: jax.typing.ArrayLike,
+    *,
+    batches: Iterable[PyTree] | None = None,
+    num_at_once: int = 1,
+) -> PyTree:
+    r"""Evaluates a function on the line through two points, by the distance from the first.
 
+    .. math:: \theta(\lambda) = \theta_{start}
+        + \lambda \frac{\theta_{end} - \theta_{start}}{\|\theta_{end} - \theta_{start}\|}
 
-def _unit_vector(like: PyTree, index: jax.Array) -> PyTree:
-    """The pytree of zeros with a one at a position, counted through all leaves."""
-    leaves, structure = jax.tree.flatten(like)
-    units = []
-    for leaf in leaves:
-        units.append(jnp.asarray(jnp.arange(leaf.size) == index, leaf.dtype).reshape(leaf.shape))
-        index = index - leaf.size
-    return jax.tree.unflatten(structure, units)
-
-
-def _layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _sum(tree: PyTree) -> jax.Array:
-    return jnp.asarray(sum(leaf.sum() for leaf in jax.tree.leaves(tree)))
-
-
-def wigner_diagonal_mass(
-    dimension: int, *, diagonal_magnitude: float = math.sqrt(2), off_diagonal_magnitude: float = 1.0
-) -> float:
-    r"""The diagonal mass of a random symmetric (Wigner) matrix: what a Hessian without structure would have.
-
-    .. math:: \delta_{E|W|} = \frac{1}{1 + (d - 1)\, \sigma_2 / \sigma_1}, \qquad
-        \sigma_1 = E|W_{ii}|,\ \sigma_2 = E|W_{ij}|
-
-    Proposition 1 of "Adaptive norms for deep learning with regularized Newton methods", which prints
-    :math:`\sigma_2 / \sigma_2`; summing the expected absolute entries gives the ratio above. Only the ratio of the two
-    magnitudes matters. By default it is that of the Gaussian orthogonal ensemble, √2, whose distribution no rotation
-    changes; equal magnitudes give 1/d, a lower mass.
+    (Eq. 1 of "An empirical analysis of the optimization of deep network loss surfaces", where it leads from what an
+    optimiser found towards where it began.)
 
     Args:
-      dimension: d, rows of the matrix, at least 1.
-      diagonal_magnitude: :math:`\sigma_1` > 0, the expected absolute value on the diagonal.
-      off_diagonal_magnitude: :math:`\sigma_2` ≥ 0, likewise off the diagonal, in the same unit.
+      value_fn: as for `optcurv.line`.
+      start: parameters, any pytree; λ = 0.
+      end: parameters of the same structure and shapes.
+      distances: λ, of shape (n,), in units of the parameters; negative ones lead away from `end`.
+      batches: as for `optcurv.line`.
+      num_at_once: likewise.
 
     Returns:
-      The mass, in (0, 1].
+      As `optcurv.line`.
 
     Raises:
-      TypeError: if `dimension` is not a Python int, or a magnitude no number.
-      ValueError: if one is out of range.
+      ValueError: as `optcurv.line`, and if the points are the same.
+      TypeError: if `value_fn` is no function.
 
     Example:
-      >>> import optcurv
-      >>> round(optcurv.wigner_diagonal_mass(100, diagonal_magnitude=1.0), 6)
-      0.01
+      >>> import jax.numpy as jnp, optcurv
+      >>> loss = lambda w: jnp.sum(w**2)
+      >>> print(optcurv.absolute_line(loss, jnp.array([0.0, 0.0]), jnp.array([3.0, 4.0]), jnp.array([-1.0, 5.0])))
+      [ 1. 25.]
     """
-    check_count("dimension", dimension)
-    check_number("diagonal_magnitude", diagonal_magnitude, minimum=0.0, exclusive=True)
-    check_number("off_diagonal_magnitude", off_diagonal_magnitude, minimum=0.0)
-    return 1 / (1 + (dimension - 1) * off_diagonal_magnitude / diagonal_magnitude)
+    _check_same_layout((start, end))
+    length = float(optax.tree.norm(optax.tree.sub(end, start)))
+    if length == 0:
+        raise ValueError("start and end are the same point and give no direction.")
+    share = _coefficients("distances", distances) / length
+    return line(value_fn, start, end, share, batches=batches, num_at_once=num_at_once)
 
 
-def least_squares_diagonal_mass(dimension: int, num_examples: int) -> float:
-    r"""The diagonal mass of the Hessian of least squares on random inputs.
+def bilinear(
+    value_fn: SliceFn,
+    vertices: Sequence[PyTree],
+    alphas: jax.typing.ArrayLike,
+    betas: jax.typing.ArrayLike,
+    *,
+    batches: Iterable[PyTree] | None = None,
+    num_at_once: int = 1,
+) -> PyTree:
+    r"""Evaluates a function on the surface that four points span.
 
-    .. math:: \delta_{E|H|} \to \frac{\sqrt{n}}{\sqrt{n} + (d - 1) \sqrt{2 / \pi}}
+    .. math:: \theta(\alpha, \beta) = \beta \bigl(\alpha \theta_1 + (1 - \alpha) \theta_2\bigr)
+        + (1 - \beta) \bigl(\alpha \theta_3 + (1 - \alpha) \theta_4\bigr)
 
-    for :math:`H = X X^\top`, with X of d×n independent entries of mean zero and equal variance, and n large
-    (Proposition 2 of "Adaptive norms for deep learning with regularized Newton methods").
+    (Eqs. 3 to 5 of "An empirical analysis of the optimization of deep network loss surfaces", which announces the
+    points as θ₀ to θ₃.)
 
     Args:
-      dimension: d, the number of parameters, at least 1.
-      num_examples: n, at least 1; within 1 % from about 32 on for Gaussian inputs.
+      value_fn: as for `optcurv.line`.
+      vertices: θ₁ to θ₄, at (α, β) = (1, 1), (0, 1), (1, 0) and (0, 0); of the same structure and shapes.
+      alphas: α, of shape (n,).
+      betas: β, of shape (m,).
+      batches: as for `optcurv.line`.
+      num_at_once: likewise.
 
     Returns:
-      The mass, in (0, 1].
+      What `value_fn` returns, with two new first axes, (n, m).
 
     Raises:
-      TypeError: if an argument is not a Python int.
-      ValueError: if one is below 1.
+      ValueError: as `optcurv.line`, and if there are not four vertices.
+      TypeError: if `value_fn` is no function.
 
     Example:
-      >>> import optcurv
-      >>> round(optcurv.least_squares_diagonal_mass(dimension=1000, num_examples=32), 4)
-      0.0070
+      >>> import jax.numpy as jnp, optcurv
+      >>> corners = [jnp.array(corner) for corner in (1.0, 2.0, 3.0, 4.0)]
+      >>> print(optcurv.bilinear(lambda w: w, corners, jnp.array([0.0, 1.0]), jnp.array([0.0, 0.5, 1.0])))
+      [[4. 3. 2.]
+       [3. 2. 1.]]
     """
-    check_count("dimension", dimension)
-    check_count("num_examples", num_examples)
-    return math.sqrt(num_examples) / (math.sqrt(num_examples) + (dimension - 1) * math.sqrt(2 / math.pi))
+    _check_number_of_vertices(vertices, 4)
+    alpha, beta = _grid(alphas, betas)
+    weights = [beta * alpha, beta * (1 - alpha), (1 - beta) * alpha, (1 - beta) * (1 - alpha)]
+    return _evaluate(value_fn, vertices, jnp.stack(weights, axis=-1), batches, num_at_once)
+
+
+def barycentric(
+    value_fn: SliceFn,
+    vertices: Sequence[PyTree],
+    alphas: jax.typing.ArrayLike,
+    betas: jax.typing.ArrayLike,
+    *,
+    batches: Iterable[PyTree] | None = None,
+    num_at_once: int = 1,
+) -> PyTree:
+    r"""Evaluates a function on the plane through three points, between two rays from the first.
+
+    .. math:: \theta(\alpha, \beta) = \theta_0 + \alpha \bigl(\beta (\theta_1 - \theta_0)
+        + (1 - \beta) (\theta_2 - \theta_0)\bigr)
+
+    (Eqs. 6 to 8 of "An empirical analysis of the optimization of deep network loss surfaces".)
+
+    Args:
+      value_fn: as for `optcurv.line`.
+      vertices: θ₀ (α = 0), θ₁ (α = β = 1) and θ₂ (α = 1, β = 0); of the same structure and shapes.
+      alphas: α, of shape (n,); beyond 1 they leave the triangle.
+      betas: β, of shape (m,).
+      batches: as for `optcurv.line`.
+      num_at_once: likewise.
+
+    Returns:
+      What `value_fn` returns, with two new first axes, (n, m).
+
+    Raises:
+      ValueError: as `optcurv.line`, and if there are not three vertices.
+      TypeError: if `value_fn` is no function.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> corners = [jnp.array(corner) for corner in (0.0, 1.0, 2.0)]
+      >>> print(optcurv.barycentric(lambda w: w, corners, jnp.array([0.0, 1.0]), jnp.array([0.0, 0.5, 1.0])))
+      [[0.  0.  0. ]
+       [2.  1.5 1. ]]
+    """
+    _check_number_of_vertices(vertices, 3)
+    alpha, beta = _grid(alphas, betas)
+    weights = jnp.stack([1 - alpha, alpha * beta, alpha * (1 - beta)], axis=-1)
+    return _evaluate(value_fn, vertices, weights, batches, num_at_once)
+
+
+def plane(
+    value_fn: SliceFn,
+    center: PyTree,
+    directions: Sequence[PyTree],
+    xs: jax.typing.ArrayLike,
+    ys: jax.typing.ArrayLike,
+    *,
+    batches: Iterable[PyTree] | None = None,
+    num_at_once: int = 1,
+) -> PyTree:
+    r"""Evaluates a function on a plane, :math:`\theta(x, y) = \theta + x\, d_1 + y\, d_2`.
+
+    Args:
+      value_fn: as for `optcurv.line`.
+      center: θ, parameters, any pytree.
+      directions: d₁ and d₂, of the structure and shapes of `center`, such as two `optcurv.random_direction`s or leading
+        eigenvectors.
+      xs: x, of shape (n,).
+      ys: y, of shape (m,).
+      batches: as for `optcurv.line`.
+      num_at_once: likewise.
+
+    Returns:
+      What `value_fn` returns, with two new first axes, (n, m).
+
+    Raises:
+      ValueError: as `optcurv.line`, and if there are not two directions.
+      TypeError: if `value_fn` is no function.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> loss, center = (lambda w: w @ jnp.array([1.0, 10.0])), jnp.array([1.0, 0.0])
+      >>> axes = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> print(optcurv.plane(loss, center, axes, jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0])))
+      [[ 1. 21.]
+       [ 2. 22.]]
+    """
+    if len(directions) != 2:
+        raise ValueError(f"directions must be two, got {len(directions)}.")
+    x, y = _grid(xs, ys)
+    weights = jnp.stack([jnp.ones_like(x), x, y], axis=-1)
+    return _evaluate(value_fn, (center, *directions), weights, batches, num_at_once)
+
+
+def random_direction(key: chex.PRNGKey, params: PyTree) -> PyTree:
+    r"""Draws a direction whose filters are as long as the parameters'.
+
+    Each filter, all weights that lead to one output (the last axis of a kernel), is Gaussian noise scaled to the norm
+    of that filter of `params` (Li et al. 2018, "Visualizing the loss landscape of neural nets");
+    biases and scales (arrays of one axis or none) stay where they are. So slices of networks whose layers could be
+    rescaled without changing their outputs can be compared.
+
+    Args:
+      key: of `jax.random`.
+      params: parameters, any pytree of real arrays.
+
+    Returns:
+      A pytree like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> direction = optcurv.random_direction(jax.random.key(0), params)
+      >>> print(jnp.linalg.norm(direction["kernel"], axis=0), direction["bias"])
+      [5. 2.] [0. 0.]
+    """
+    leaves, structure = jax.tree.flatten(params)
+
+    def draw(key: chex.PRNGKey, leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2:
+            return jnp.zeros_like(leaf)
+        noise, axes = jax.random.normal(key, leaf.shape, leaf.dtype), tuple(range(leaf.ndim - 1))
+        length, noise_length = (jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (leaf, noise))
+        return noise * (length / noise_length)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [draw(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+def _evaluate(
+    value_fn: SliceFn, trees: Sequence[PyTree], weights: jax.Array, batches: Iterable[PyTree] | None, num_at_once: int
+) -> PyTree:
+    """Evaluates at the sums of the trees that each row of weights, along the last axis, gives."""
+    if not callable(value_fn):
+        raise TypeError(f"value_fn must be a function of params, got {type(value_fn).__name__}.")
+    check_count("num_at_once", num_at_once)
+    _check_same_layout(trees)
+
+    @jax.jit
+    def evaluate(trees: Sequence[PyTree], rows: jax.Array, *batch: PyTree) -> PyTree:
+        def value(row: jax.Array) -> PyTree:
+            return value_fn(jax.tree.map(lambda *leaves: _weighted_sum(row, leaves), *trees), *batch)
+
+        return jax.lax.map(value, rows, batch_size=num_at_once if num_at_once > 1 else None)
+
+    rows = weights.reshape(-1, len(trees))
+    if batches is None:
+        result = evaluate(trees, rows)
+    else:
+        result = _average((evaluate(trees, rows, batch), _num_examples(batch)) for batch in batches)
+    return jax.tree.map(lambda values: values.reshape(weights.shape[:-1] + values.shape[1:]), result)
+
+
+def _weighted_sum(weights: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+    terms = [weight * leaf for weight, leaf in zip(weights, leaves, strict=True)]
+    return functools.reduce(jnp.add, terms).astype(leaves[0].dtype)
+
+
+def _average(results: Iterable[tuple[PyTree, int]]) -> PyTree:
+    """Averages pytrees in proportion to the numbers that stand with them."""
+    results = iter(results)
+    try:
+        total, count = next(results)
+    except StopIteration:
+        raise ValueError("batches must hold at least one batch; there is none left.") from None
+    total = optax.tree.scale(count, total)
+    for result, size in results:
+        total, count = optax.tree.add_scale(total, size, result), count + size
+    return optax.tree.scale(1 / count, total)
+
+
+def _num_examples(batch: PyTree) -> int:
+    return jnp.shape(jax.tree.leaves(batch)[0])[0]
+
+
+def _coefficients(name: str, values: jax.typing.ArrayLike) -> jax.Array:
+    values = jnp.asarray(values, jnp.result_type(float))
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"{name} must be of shape (n,) with n at least 1, got shape {values.shape}.")
+    return values
+
+
+def _grid(first: jax.typing.ArrayLike, second: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    x, y = jnp.meshgrid(*(_coefficients("coefficients", values) for values in (first, second)), indexing="ij")
+    return x, y
+
+
+def _check_number_of_vertices(vertices: Sequence[PyTree], number: int) -> None:
+    if len(vertices) != number:
+        raise ValueError(f"vertices must be {number}, got {len(vertices)}.")
+
+
+def _check_same_layout(trees: Sequence[PyTree]) -> None:
+    first, *others = (_layout(tree) for tree in trees)
+    for other in others:
+        if first != other:
+            unlike = next(pair for pair in itertools.zip_longest(first, other) if pair[0] != pair[1])
+            raise ValueError(f"All points must have the same structure and shapes; {unlike[0]} is not {unlike[1]}.")
+
+
+def _layout(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def functional_distance(outputs_a: jax.typing.ArrayLike, outputs_b: jax.typing.ArrayLike) -> jax.Array:
+    r"""The root mean square distance between what two networks say of the same examples.
+
+    .. math:: \sqrt{\frac{1}{n} \sum_{i=1}^{n} \|F(x_i, \theta_a) - F(x_i, \theta_b)\|^2}
+
+    (section 4.1 of "An empirical analysis of the optimization of deep network loss surfaces", where F is what the
+    network puts out.)
+
+    Args:
+      outputs_a: of one network, of shape (n, ...), such as probabilities of classes.
+      outputs_b: of the other, likewise.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> print(optcurv.functional_distance(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[4.0, 0.0], [1.0, 3.0]])))
+      3.0
+    """
+    a, b = _same_shape(outputs_a, outputs_b)
+    return jnp.sqrt(jnp.sum((a - b) ** 2) / a.shape[0])
+
+
+def label_disagreement(outputs_a: jax.typing.ArrayLike, outputs_b: jax.typing.ArrayLike) -> jax.Array:
+    """The share of examples that two classifiers put into different classes.
+
+    Args:
+      outputs_a: logits or probabilities of one, of shape (n, classes).
+      outputs_b: of the other, likewise.
+
+    Returns:
+      A scalar in [0, 1].
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> print(optcurv.label_disagreement(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])))
+      0.5
+    """
+    a, b = _same_shape(outputs_a, outputs_b)
+    return jnp.mean(jnp.argmax(a, axis=-1) != jnp.argmax(b, axis=-1), dtype=jnp.float32)
+
+
+def _same_shape(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    if a.shape != b.shape or a.ndim == 0:
+        raise ValueError(f"Outputs must be of the same shape (n, ...), got {a.shape} and {b.shape}.")
+    return a, b
+
+
+def basin_width(distances: jax.typing.ArrayLike, losses: jax.typing.ArrayLike, threshold: float) -> jax.Array:
+    """The length of the interval around a line's least loss on which the loss stays below a threshold.
+
+    The basins of Figs. 5 and 6 of "An empirical analysis of the optimization of deep network loss surfaces" as a
+    number. Where the loss crosses the threshold is interpolated linearly; where it does not before the line ends, the
+    interval ends there.
+
+    Args:
+      distances: of shape (n,), ascending: coefficients for the relative size, `absolute_line`'s for the absolute one.
+      losses: of shape (n,).
+      threshold: in the unit of the losses.
+
+    Returns:
+      The width, in the unit of `distances`; 0 if the least loss is not below the threshold.
+
+    Raises:
+      ValueError: if the shapes differ or are not (n,).
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> x = jnp.linspace(-3.0, 3.0, 601)
+      >>> print(optcurv.basin_width(x, x**2, threshold=1.0).round(3))
+      2.0
+    """
+    x, y = _curve(distances, losses)
+    lowest = jnp.nanargmin(y)
+    above = ~(y < threshold)  # where it is not a number too
+    index = jnp.arange(x.size)
+    left = jnp.max(jnp.where(above & (index < lowest), index, -1))
+    right = jnp.min(jnp.where(above & (index > lowest), index, x.size))
+
+    def crossing(outside: jax.Array, inside: jax.Array) -> jax.Array:
+        outside = jnp.clip(outside, 0, x.size - 1)
+        share = jnp.nan_to_num((threshold - y[inside]) / (y[outside] - y[inside]), nan=0.0)
+        return x[inside] + jnp.where(above[outside], share, 1.0) * (x[outside] - x[inside])
+
+    width = crossing(right, right - 1) - crossing(left, left + 1)
+    return jnp.where(above[lowest], 0.0, width)
+
+
+def barrier_height(losses: jax.typing.ArrayLike) -> jax.Array:
+    r"""How far the loss on the line between two points rises above the straight line between their losses.
+
+    .. math:: \max_i\; L(\alpha_i) - \bigl((1 - \alpha_i) L(0) + \alpha_i L(1)\bigr)
+
+    for equally spaced :math:`\alpha_i` from 0 to 1. Zero means that the points are linearly connected.
+
+    Args:
+      losses: of shape (n,), from one point to the other.
+
+    Returns:
+      The height, in the unit of the losses.
+
+    Raises:
+      ValueError: if the shape is not (n,).
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> print(optcurv.barrier_height(jnp.array([1.0, 5.0, 2.0])))
+      3.5
+    """
+    _, y = _curve(jnp.linspace(0.0, 1.0, jnp.size(losses)), losses)
+    return jnp.max(y - jnp.linspace(y[0], y[-1], y.size))
+
+
+def _curve(x: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    if x.ndim != 1 or x.shape != y.shape or x.size == 0:
+        raise ValueError(f"Distances and losses must be of the same shape (n,), got {x.shape} and {y.shape}.")
+    return x, y

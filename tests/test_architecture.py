@@ -13,7 +13,7 @@ FLOORS = [
     {"arguments", "jaxpr"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"krylov", "kronecker", "shapes"},
-    {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "surface", "masking", "diagnostics"},
+    {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "spectra", "surface", "masking", "diagnostics"},
     {"__init__"},
 ]
 PACKAGE = pathlib.Path(optcurv.__file__).parent

@@ -1,4 +1,4 @@
-"""Diagonal mass against dense Hessians, its estimate against the whole, the two baselines against random matrices."""
+"""Slices against a plain Python loop, their corners, batches; distances between networks, basins and barriers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,162 +7,166 @@ import optax
 import pytest
 
 import optcurv
-from optcurv import surface
 from tests import problems
 
 
-def dense_mass(matrix):
-    matrix = np.abs(np.asarray(matrix, np.float64))
-    return np.trace(matrix) / matrix.sum()
+def networks(count):
+    """Parameters of as many networks, in one structure."""
+    return [
+        jax.tree.map(lambda leaf, n=n: leaf + 0.3 * n * jnp.cos(leaf + n), problems.network_params())
+        for n in range(count)
+    ]
 
 
-def random_operator(size=40, seed=0):
-    """Returns a symmetric matrix whose columns differ much in mass, and its product."""
-    rng = np.random.default_rng(seed)
-    scale = rng.lognormal(sigma=0.5, size=size)
-    matrix = rng.normal(size=(size, size)) * np.outer(scale, scale)
-    matrix = jnp.asarray(matrix + matrix.T + np.diag(scale**2 * 20), jnp.float32)
-    return matrix, lambda v: matrix @ v
+def metrics(params, batch=None):
+    """A loss and an accuracy, as a pytree."""
+    batch = problems.blobs(seed=7) if batch is None else batch
+    logits = problems.network(params, batch.x)
+    return {"loss": problems.network_loss(batch)(params), "accuracy": jnp.mean(jnp.argmax(logits, 1) == batch.y)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_mass_is_that_of_the_dense_hessian(dtype):
-    with jax.enable_x64(dtype == jnp.float64):
-        params, loss = problems.network_params(dtype=dtype), problems.network_loss(problems.blobs(dtype=dtype))
-        flat, unravel = jax.flatten_util.ravel_pytree(params)
-        expected = dense_mass(jax.hessian(lambda vector: loss(unravel(vector)))(flat))
-        mass, error = jax.jit(lambda p: optcurv.diagonal_mass(optcurv.hessian_product(loss, p), p))(params)
-        assert (mass.shape, mass.dtype, error.shape, error.dtype) == ((), dtype, (), dtype)
-        assert float(mass) == pytest.approx(expected, rel=1e-5 if dtype == jnp.float32 else 1e-12)
-        assert float(error) == 0
-        assert 0.01 < expected < 0.5  # neither a diagonal nor a shapeless matrix
+def mixed(weights, trees):
+    return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *trees)
 
 
-def test_columns_of_bfloat16_parameters_are_summed_in_float32():
-    diagonal = {"a": jnp.arange(1, 301, dtype=jnp.bfloat16), "b": jnp.bfloat16(3)}
-
-    def wide(leaf):
-        return leaf.astype(jnp.float32)
-
-    def loss(params):
-        squares = jax.tree.map(
-            lambda d, p: jnp.sum(d.astype(jnp.float32) * p.astype(jnp.float32) ** 2), diagonal, params
-        )
-        return squares["a"] + squares["b"] + wide(params["a"][0]) * wide(params["b"])
-
-    params = optax.tree.zeros_like(diagonal)
-    result = optcurv.diagonal_mass(optcurv.hessian_product(loss, params), params)
-    trace = 2 * sum(float(wide(leaf).sum()) for leaf in jax.tree.leaves(diagonal))
-    assert result.mass.dtype == jnp.float32
-    assert float(result.mass) == pytest.approx(trace / (trace + 2), rel=1e-5)
+def assert_values(result, shape, points):
+    """Compares with a plain loop over the points, in the order of the result."""
+    expected = [metrics(point) for point in points]
+    for name, values in result.items():
+        assert values.shape == shape
+        np.testing.assert_allclose(values.ravel(), [one[name] for one in expected], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("params", [jnp.float32(2), (jnp.ones(3), None, {"b": jnp.ones((2, 2))}), [jnp.ones(1)] * 3])
-def test_a_diagonal_operator_has_all_its_mass_there(params):
-    mass, error = optcurv.diagonal_mass(lambda v: jax.tree.map(lambda leaf: -3 * leaf, v), params)
-    assert float(mass) == 1
-    assert float(error) == 0
+@pytest.mark.parametrize("num_at_once", [1, 3])
+def test_line_is_a_plain_loop(num_at_once):
+    start, end = networks(2)
+    alphas = np.linspace(-0.5, 1.5, 7)
+    result = optcurv.line(metrics, start, end, alphas, num_at_once=num_at_once)
+    assert_values(result, (7,), [mixed((1 - alpha, alpha), (start, end)) for alpha in alphas])
 
 
-@pytest.mark.parametrize("block", [1, 7, 39, 40, 64])
-def test_the_block_does_not_matter(monkeypatch, block):
-    matrix, matvec = random_operator()
-    monkeypatch.setattr(surface, "_WIDEST_BLOCK", block)
-    assert float(optcurv.diagonal_mass(matvec, jnp.zeros(40)).mass) == pytest.approx(dense_mass(matrix), rel=1e-5)
+def test_absolute_line_measures_distance():
+    start, end = networks(2)
+    distance = optax.tree.norm(optax.tree.sub(end, start))
+    result = optcurv.absolute_line(metrics, start, end, [0.0, 0.5 * distance, distance])
+    assert_values(result, (3,), [start, mixed((0.5, 0.5), (start, end)), end])
 
 
-def test_no_matrix_of_all_columns_is_held():
-    size = 8_192  # whose square takes 268 MB, and a block of it 4 MB
-
-    def mass(params):
-        return optcurv.diagonal_mass(lambda v: v + 1e-3 * jnp.roll(v, 1) + 1e-3 * jnp.roll(v, -1), params)
-
-    analysis = jax.jit(mass).lower(jnp.zeros(size)).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < 64e6
-
-
-def test_all_columns_drawn_give_the_exact_mass():
-    matrix, matvec = random_operator()
-    mass, error = optcurv.diagonal_mass(matvec, jnp.zeros(40), num_probes=40, key=jax.random.key(3))
-    assert float(mass) == pytest.approx(dense_mass(matrix), rel=1e-5)
-    assert float(error) == 0
+def test_bilinear_is_a_plain_loop_and_has_its_corners():
+    vertices, alphas, betas = networks(4), [0.0, 0.3, 1.0], [0.0, 1.0]
+    result = optcurv.bilinear(metrics, vertices, alphas, betas)
+    points = [mixed((b * a, b * (1 - a), (1 - b) * a, (1 - b) * (1 - a)), vertices) for a in alphas for b in betas]
+    assert_values(result, (3, 2), points)
+    corners = {name: values[::2][::-1, ::-1].T.ravel() for name, values in result.items()}
+    assert_values(corners, (4,), vertices)
 
 
-@pytest.mark.parametrize("num_probes", [20, 36])
-def test_the_estimate_and_its_standard_error_are_honest(num_probes):
-    matrix, matvec = random_operator()
-    expected = dense_mass(matrix)
-    keys = jax.random.split(jax.random.key(0), 1000)
-    draw = jax.jit(jax.vmap(lambda key: optcurv.diagonal_mass(matvec, jnp.zeros(40), num_probes=num_probes, key=key)))
-    masses, errors = (np.asarray(field, np.float64) for field in draw(keys))
-    assert abs(np.mean(masses) - expected) < 0.25 * np.std(masses)  # a ratio's bias is O(1/n)
-    assert np.sqrt(np.mean(errors**2)) == pytest.approx(np.std(masses), rel=0.25)
-    assert 0.9 < np.mean(np.abs(masses - expected) <= 2 * errors) < 0.99
+def test_barycentric_is_a_plain_loop_and_has_its_vertices():
+    vertices, alphas, betas = networks(3), [0.0, 0.4, 1.0], [0.0, 1.0]
+    result = optcurv.barycentric(metrics, vertices, alphas, betas)
+    points = [mixed((1 - a, a * b, a * (1 - b)), vertices) for a in alphas for b in betas]
+    assert_values(result, (3, 2), points)
+    found = {name: jnp.array([values[0, 0], values[2, 1], values[2, 0]]) for name, values in result.items()}
+    assert_values(found, (3,), vertices)
 
 
-def test_larger_operators_are_sampled(monkeypatch):
-    monkeypatch.setattr(surface, "_MOST_COLUMNS", 39)
-    monkeypatch.setattr(surface, "_DRAWN_COLUMNS", 30)
-    matrix, matvec = random_operator()
-    mass, error = optcurv.diagonal_mass(matvec, jnp.zeros(40))
-    assert 0 < float(error) < 0.2 * float(mass)
-    assert float(mass) == pytest.approx(dense_mass(matrix), abs=4 * float(error))
-    assert float(mass) == float(optcurv.diagonal_mass(matvec, jnp.zeros(40), num_probes=30, key=jax.random.key(0)).mass)
-    assert float(mass) != float(optcurv.diagonal_mass(matvec, jnp.zeros(40), key=jax.random.key(1)).mass)
+def test_plane_is_a_plain_loop():
+    center, *directions = networks(3)
+    xs, ys = [-1.0, 0.5], [0.0, 0.1, 0.2]
+    result = optcurv.plane(metrics, center, directions, xs, ys)
+    assert_values(result, (2, 3), [mixed((1, x, y), (center, *directions)) for x in xs for y in ys])
 
 
-@pytest.mark.parametrize(("diagonal", "off_diagonal"), [(np.sqrt(2), 1.0), (1.0, 1.0), (0.5, 2.0)])
-def test_wigner_baseline(diagonal, off_diagonal):
-    draws = np.random.default_rng(0).normal(size=(2000, 12, 12))
-    upper = np.triu(draws, 1) * off_diagonal
-    matrices = upper + upper.transpose(0, 2, 1) + draws * np.eye(12) * diagonal
-    baseline = optcurv.wigner_diagonal_mass(12, diagonal_magnitude=diagonal, off_diagonal_magnitude=off_diagonal)
-    assert dense_mass(np.abs(matrices).mean(axis=0)) == pytest.approx(baseline, rel=0.02)
+def test_batches_are_averaged_by_their_sizes():
+    start, end = networks(2)
+    whole = problems.blobs(seed=3, size=50)
+    parts = [jax.tree.map(lambda array, s=s: array[s], whole) for s in (slice(0, 40), slice(40, 50))]
+    together = optcurv.line(lambda params: metrics(params, whole), start, end, [0.0, 0.5])
+    apart = optcurv.line(metrics, start, end, [0.0, 0.5], batches=iter(parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), apart, together)
 
 
-def test_wigner_default_is_the_rotation_invariant_ensemble():
-    draws = np.random.default_rng(1).normal(size=(4000, 10, 10))
-    masses = np.abs(draws + draws.transpose(0, 2, 1)).mean(axis=0)
-    assert optcurv.wigner_diagonal_mass(10) == pytest.approx(dense_mass(masses), rel=0.02)
-    assert optcurv.wigner_diagonal_mass(1) == 1
+def test_parameters_keep_their_dtype_and_are_mixed_in_float32():
+    start, end = jnp.full(3, 1.0, jnp.bfloat16), jnp.full(3, 1.5, jnp.bfloat16)
+    seen = []
+
+    def value(w):
+        seen.append(w.dtype)
+        return w[0].astype(jnp.float32)
+
+    np.testing.assert_array_equal(optcurv.line(value, start, end, [0.3]), jnp.bfloat16(0.7 * 1.0 + 0.3 * 1.5))
+    assert all(dtype == jnp.bfloat16 for dtype in seen)
 
 
-@pytest.mark.parametrize(("dimension", "num_examples"), [(20, 32), (40, 100)])
-def test_least_squares_baseline(dimension, num_examples):
-    inputs = np.random.default_rng(0).normal(size=(1000, dimension, num_examples))
-    masses = np.abs(inputs @ inputs.transpose(0, 2, 1)).mean(axis=0)
-    assert optcurv.least_squares_diagonal_mass(dimension, num_examples) == pytest.approx(dense_mass(masses), rel=0.02)
+def test_what_is_not_finite_stays_so():
+    values = optcurv.line(jnp.log, jnp.array(1.0), jnp.array(-1.0), [0.0, 1.0])
+    np.testing.assert_array_equal(values, [0.0, np.nan])
+
+
+def test_random_directions_have_the_filters_norms():
+    params = problems.network_params()
+    direction = optcurv.random_direction(jax.random.key(1), params)
+    other = optcurv.random_direction(jax.random.key(2), params)
+    for leaf, drawn, again in zip(*map(jax.tree.leaves, (params, direction, other)), strict=True):
+        if leaf.ndim > 1:
+            norms = [np.linalg.norm(x.reshape(-1, x.shape[-1]), axis=0) for x in (leaf, drawn)]
+            np.testing.assert_allclose(*norms, rtol=1e-5)
+            assert not np.allclose(drawn, again)
+        else:
+            np.testing.assert_array_equal(drawn, 0)
+
+
+def test_functional_distance_and_disagreement():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 30, 4))
+    expected = np.sqrt(np.mean([np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)]))
+    np.testing.assert_allclose(optcurv.functional_distance(a, b), expected, rtol=1e-6)
+    share = np.mean([np.argmax(x) != np.argmax(y) for x, y in zip(a, b, strict=True)])
+    np.testing.assert_allclose(optcurv.label_disagreement(a, b), share, rtol=1e-6)
+    with pytest.raises(ValueError, match="same shape"):
+        optcurv.functional_distance(a, b[:5])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("losses", "width"),
     [
-        ((jnp.ones((2, 2)), jnp.ones(2)), {}, TypeError, r"matvec must be a function.*hessian_product"),
-        ((lambda v: v[:1], jnp.ones(2)), {}, ValueError, "matvec must return.*structure"),
-        ((lambda v: {"a": v}, jnp.ones(2)), {}, ValueError, "matvec must return.*structure"),
-        ((lambda v: v, {}), {}, ValueError, "params must hold"),
-        ((lambda v: v, jnp.ones(2, jnp.complex64)), {}, TypeError, "real"),
-        ((lambda v: v, jnp.ones(5)), {"num_probes": 1}, ValueError, "num_probes must be from 2 to.* 5, got 1"),
-        ((lambda v: v, jnp.ones(5)), {"num_probes": 6}, ValueError, "num_probes must be from 2 to.* 5, got 6"),
-        ((lambda v: v, jnp.ones(5)), {"num_probes": 2.0}, TypeError, "num_probes"),
+        ([3.0, 1.0, 0.0, 1.0, 3.0], 3.0),  # crosses 2 halfway
+        ([1.0, 1.0, 0.0, 1.0, 3.0], 3.5),  # the line ends first
+        ([3.0, 0.5, 3.0, 0.0, 3.0], 4 / 3),  # another basin does not count
+        ([3.0, 1.0, 0.0, np.nan, 0.0], 1.5),  # ends where the loss is not finite
+        ([3.0, 3.0, 2.5, 3.0, 3.0], 0.0),  # nowhere below
     ],
+    ids=["crosses", "line ends", "two basins", "not finite", "above"],
 )
-def test_bad_input_says_what_to_do(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        optcurv.diagonal_mass(*arguments, **options)
+def test_basin_width(losses, width):
+    np.testing.assert_allclose(optcurv.basin_width(np.arange(5.0), losses, threshold=2.0), width, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "name"),
-    [
-        (lambda: optcurv.wigner_diagonal_mass(0), ValueError, "dimension"),
-        (lambda: optcurv.wigner_diagonal_mass(2.0), TypeError, "dimension"),
-        (lambda: optcurv.wigner_diagonal_mass(3, diagonal_magnitude=0.0), ValueError, "diagonal_magnitude"),
-        (lambda: optcurv.wigner_diagonal_mass(3, off_diagonal_magnitude=-1.0), ValueError, "off_diagonal_magnitude"),
-        (lambda: optcurv.least_squares_diagonal_mass(0, 32), ValueError, "dimension"),
-        (lambda: optcurv.least_squares_diagonal_mass(3, 0), ValueError, "num_examples"),
-    ],
-)
-def test_baselines_refuse_what_is_out_of_range(call, error, name):
-    with pytest.raises(error, match=name):
-        call()
+def test_barrier_height_is_above_the_chord():
+    x = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(optcurv.barrier_height(2 * x + np.sin(np.pi * x)), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(optcurv.barrier_height(x**2), 0.0, atol=1e-6)
+
+
+def test_bad_input():
+    loss, w = jnp.sum, {"a": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"structure and shapes.*'a'"):
+        optcurv.line(loss, w, {"a": jnp.ones(3)}, [0.0])
+    with pytest.raises(ValueError, match=r"structure and shapes.*'b'"):
+        optcurv.line(loss, w, {**w, "b": jnp.ones(2)}, [0.0])
+    with pytest.raises(ValueError, match="coefficients"):
+        optcurv.line(loss, w, w, [])
+    with pytest.raises(ValueError, match="vertices must be 4"):
+        optcurv.bilinear(loss, [w] * 3, [0.0], [0.0])
+    with pytest.raises(ValueError, match="vertices must be 3"):
+        optcurv.barycentric(loss, [w] * 4, [0.0], [0.0])
+    with pytest.raises(ValueError, match="directions must be two"):
+        optcurv.plane(loss, w, [w], [0.0], [0.0])
+    with pytest.raises(ValueError, match="same point"):
+        optcurv.absolute_line(loss, w, w, [0.0])
+    with pytest.raises(ValueError, match="at least one batch"):
+        optcurv.line(lambda p, batch: 0.0, w, w, [0.0], batches=[])
+    with pytest.raises(TypeError, match="value_fn"):
+        optcurv.line(1.0, w, w, [0.0])
+    with pytest.raises(ValueError, match=r"\(n,\)"):
+        optcurv.basin_width([0.0, 1.0], [0.0], 1.0)
