@@ -439,7 +439,7 @@ def basin_width(distances: jax.typing.ArrayLike, losses: jax.typing.ArrayLike, t
     def crossing(outside: jax.Array, inside: jax.Array) -> jax.Array:
         outside = jnp.clip(outside, 0, x.size - 1)
         share = jnp.nan_to_num((threshold - y[inside]) / (y[outside] - y[inside]), nan=0.0)
-        return x[inside] + jnp.where(above[outside], share, 1.0) * (x[outside] - x[inside])
+        return x[inside] + share * (x[outside] - x[inside])  # the same point where the line ends
 
     width = crossing(right, right - 1) - crossing(left, left + 1)
     return jnp.where(above[lowest], 0.0, width)
