@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
+import pytest
 
 import optcurv
 
@@ -125,3 +126,6 @@ CASES = [
     tso_alra_case("tso-alra-block", optcurv.BLOCK),
     tso_alra_case("tso-alra-diagonal", optcurv.DIAGONAL),
 ]
+
+every_method = pytest.mark.parametrize("case", [case for case in CASES if not case.variant], ids=lambda case: case.name)
+"""For tests that do not hang on a method's options."""

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
 import optcurv
 from tests import problems
-from tests.cases import CASES
-
-every_method = pytest.mark.parametrize("case", [case for case in CASES if not case.variant], ids=lambda case: case.name)
+from tests.cases import every_method
 
 
 def cross_entropy(labels):

@@ -6,9 +6,8 @@ import pytest
 
 import optcurv
 from tests import problems
-from tests.cases import CASES
+from tests.cases import every_method
 
-every_method = pytest.mark.parametrize("case", [case for case in CASES if not case.variant], ids=lambda case: case.name)
 MASK = {"a_kernel": False, "b_bias": True, "c_kernel": True, "d_scale": False}
 FROZEN = {name: not trained for name, trained in MASK.items()}
 
