@@ -36,19 +36,24 @@ class LowRank(NamedTuple):
 Power: TypeAlias = jax.Array | LowRank
 """A power of factors: matrices, their diagonals, or `LowRank`."""
 
+Parts: TypeAlias = tuple[jax.Array, ...]
+"""Kernels, `(stack, in_size, out_size)`, and perhaps biases, `(stack, 1, out_size)`."""
+
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 class Structure(NamedTuple):
     r"""A shape of the Fisher matrix of a layer; pick one of `KRONECKER` and `BLOCK`, or `DIAGONAL`.
 
-    A layer's kernel and bias are a matrix W of `(in_size + 1, out_size)`, whose last row is the bias, or zero.
+    A layer's kernel and bias are a matrix W of `(in_size + 1, out_size)`, whose last row is the bias, or zero. It comes
+    in parts, as writing it in one piece would take as long as multiplying it.
 
     Attributes:
       sizes: maps in_size + 1 and out_size to the sizes of the factors.
       measure: maps the taps of a layer's uses to the factors of one batch; `diagonals` tells which to keep only the
         diagonal of.
-      apply: multiplies matrices `(stack, in_size + 1, out_size)` by powers of the factors.
+      apply: multiplies such matrices, in parts `(stack, in_size, out_size)` and perhaps `(stack, 1, out_size)`, by
+        powers of the factors.
 
     Example:
       >>> import optcurv
@@ -58,7 +63,7 @@ class Structure(NamedTuple):
 
     sizes: Callable[[int, int], tuple[int, ...]]
     measure: Callable[[Sequence[Tap], Sequence[bool]], Factors]
-    apply: Callable[[tuple[Power, ...], jax.Array], jax.Array]
+    apply: Callable[[tuple[Power, ...], Parts], Parts]
 
 
 def _kronecker_moments(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
@@ -80,11 +85,12 @@ def _second_moment(rows: jax.Array, diagonal: bool) -> jax.Array:
     return _einsum("bnpi,bnpi->bi" if diagonal else "bnpi,bnpj->bij", *(rows, rows))
 
 
-def _kronecker_product(powers: tuple[Power, ...], matrices: jax.Array) -> jax.Array:
+def _kronecker_product(powers: tuple[Power, ...], parts: Parts) -> Parts:
     inputs, outputs = powers
     if isinstance(inputs, LowRank) and isinstance(outputs, LowRank):
-        return _low_rank_product(inputs, matrices, outputs)
-    return jnp.swapaxes(_times(outputs, jnp.swapaxes(_times(inputs, matrices), 1, 2)), 1, 2)
+        return _low_rank_product(inputs, parts, outputs)
+    product = _times(inputs, _join(parts))
+    return _split(jnp.swapaxes(_times(outputs, jnp.swapaxes(product, 1, 2)), 1, 2), parts)
 
 
 def _times(power: Power, matrices: jax.Array) -> jax.Array:
@@ -94,16 +100,31 @@ def _times(power: Power, matrices: jax.Array) -> jax.Array:
     return _einsum("bij,bjm->bim", power, matrices) if power.ndim == 3 else power[:, :, None] * matrices
 
 
-def _low_rank_product(left: LowRank, matrices: jax.Array, right: LowRank) -> jax.Array:
+def _low_rank_product(left: LowRank, parts: Parts, right: LowRank) -> Parts:
     """Multiplies from both sides and writes the result once: for large matrices the memory's speed is what counts."""
-    rows = left.excess() * _einsum("bnr,bnm->brm", left.vectors, matrices)
-    columns = left.rest[:, None, None] * _einsum("bnm,bmr->bnr", matrices, right.vectors)
-    columns += _einsum("bnr,brs->bns", left.vectors, _einsum("brm,bms->brs", rows, right.vectors))
-    tall = jnp.concatenate([left.vectors, columns], axis=2)
+    vectors = [left.vectors[:, : parts[0].shape[1]], left.vectors[:, -1:]][: len(parts)]
+    products = [_einsum("bnr,bnm->brm", *pair) for pair in zip(vectors, parts, strict=True)]
+    rows = left.excess() * functools.reduce(jnp.add, products)
+    core = _einsum("brm,bms->brs", rows, right.vectors)
     wide = jnp.concatenate(
         [right.rest[:, None, None] * rows, right.excess() * jnp.swapaxes(right.vectors, 1, 2)], axis=1
     )
-    return (left.rest * right.rest)[:, None, None] * matrices + _einsum("bnr,brm->bnm", tall, wide)
+
+    def multiply(part: jax.Array, vectors: jax.Array) -> jax.Array:
+        columns = left.rest[:, None, None] * _einsum("bnm,bmr->bnr", part, right.vectors)
+        tall = jnp.concatenate([vectors, columns + _einsum("bnr,brs->bns", vectors, core)], axis=2)
+        return (left.rest * right.rest)[:, None, None] * part + _einsum("bnr,brm->bnm", tall, wide)
+
+    return tuple(map(multiply, parts, vectors))
+
+
+def _join(parts: Parts) -> jax.Array:
+    kernel, *bias = parts
+    return jnp.concatenate([kernel, *(bias or [jnp.zeros_like(kernel[:, :1])])], axis=1)
+
+
+def _split(matrices: jax.Array, like: Parts) -> Parts:
+    return (matrices[:, :-1], matrices[:, -1:])[: len(like)]
 
 
 def _block_moment(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
@@ -113,8 +134,9 @@ def _block_moment(taps: Sequence[Tap], diagonals: Sequence[bool]) -> Factors:
     return (_second_moment(flat, diagonals[0]) / flat.shape[1],)
 
 
-def _block_product(powers: tuple[Power, ...], matrices: jax.Array) -> jax.Array:
-    return _times(powers[0], matrices.reshape(matrices.shape[0], -1, 1)).reshape(matrices.shape)
+def _block_product(powers: tuple[Power, ...], parts: Parts) -> Parts:
+    matrices = _join(parts)
+    return _split(_times(powers[0], matrices.reshape(matrices.shape[0], -1, 1)).reshape(matrices.shape), parts)
 
 
 KRONECKER = Structure(sizes=lambda rows, columns: (rows, columns), measure=_kronecker_moments, apply=_kronecker_product)
@@ -123,7 +145,9 @@ r""":math:`F \approx A \otimes B`, Eq. 14 of the TSO-ALRA paper."""
 BLOCK = Structure(sizes=lambda rows, columns: (rows * columns,), measure=_block_moment, apply=_block_product)
 """All correlations within a layer, Eqs. 12 and 13, for small ones."""
 
-DIAGONAL = Structure(sizes=lambda rows, columns: (), measure=lambda taps, diagonals: (), apply=lambda factors, m: m)
+DIAGONAL = Structure(
+    sizes=lambda rows, columns: (), measure=lambda taps, diagonals: (), apply=lambda powers, parts: parts
+)
 """No layers: every parameter on its own."""
 
 
@@ -163,6 +187,11 @@ def init_powers(factors: Mapping[str, Factors], rank: int | None = None) -> Powe
     )
 
 
+def is_early(count: jax.Array, every: int) -> jax.Array:
+    """Whether to refresh all at one of the first steps, 0, 1, 2, 4, 8 and so on, when everything changes fast."""
+    return (count < every) & (count & (count - 1) == 0)
+
+
 def refresh_powers(
     state: Powers,
     factors: Mapping[str, Factors],
@@ -178,15 +207,13 @@ def refresh_powers(
     r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due; F are the averages over their weight.
 
     Factors of one size are decomposed together, in one batched call. Each such group is due every so many steps, the
-    groups at different steps, and all of them at the very first steps, 0, 1, 2, 4, 8 and so on. The damping
-    :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `relative` times it,
-    which is the split by :math:`\pi` of K-FAC (Martens and Grosse 2015, section 6.3) with a damping relative to the
-    mean eigenvalue of the Kronecker product.
+    groups at different steps, and all of them at early ones. The damping :math:`\lambda` is relative to the factor's
+    mean eigenvalue: for two factors the square root of `relative` times it, which is the split by :math:`\pi` of K-FAC
+    (Martens and Grosse 2015, section 6.3) with a damping relative to the mean eigenvalue of the Kronecker product.
     """
     groups = _groups(factors)
     turns = jnp.arange(state.ages.size) * every // state.ages.size
-    is_early = (count < every) & (count & (count - 1) == 0)
-    due = usable & (is_early | (count % every == turns) | (state.ages < 0))
+    due = usable & (is_early(count, every) | (count % every == turns) | (state.ages < 0))
     places = {path: list(zip(state.powers[path], state.extremes[path], strict=True)) for path in factors}
     for number, members in enumerate(groups):
         share = jnp.asarray(relative) ** (1 / len(factors[members[0][0]]))

@@ -41,20 +41,19 @@ class Layer:
     matrix_of: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False, compare=False)
     """Arranges an array like the kernel as `(stack, in_size, out_size)`."""
 
-    def join(self, leaves: Sequence[jax.Array]) -> jax.Array:
-        """Arranges kernel and bias as matrices `(stack, in_size + 1, out_size)`; the last row is the bias, or zero."""
+    def parts(self, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Arranges kernel and bias, if any, as matrices `(stack, in_size, out_size)` and `(stack, 1, out_size)`."""
         matrix = self.matrix_of(leaves[self.kernel])
-        last_row = jnp.zeros_like(matrix[:, :1]) if self.bias is None else leaves[self.bias].reshape(self.stack, 1, -1)
-        return jnp.concatenate([matrix, last_row], axis=1)
+        return (matrix,) if self.bias is None else (matrix, leaves[self.bias].reshape(self.stack, 1, -1))
 
-    def split(self, matrix: jax.Array, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
-        """Undoes `join`: returns kernel and bias by their places, in the shapes of `leaves`."""
-        kernel = jax.ShapeDtypeStruct(jnp.shape(leaves[self.kernel]), matrix.dtype)
+    def leaves(self, parts: Sequence[jax.Array], like: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """Undoes `parts`: returns kernel and bias by their places, in the shapes of the leaves `like`."""
+        kernel = jax.ShapeDtypeStruct(jnp.shape(like[self.kernel]), parts[0].dtype)
         # `matrix_of` moves every entry to one place, so its transpose is its inverse.
-        (unmoved,) = jax.linear_transpose(self.matrix_of, kernel)(matrix[:, : self.in_size])
+        (unmoved,) = jax.linear_transpose(self.matrix_of, kernel)(parts[0])
         if self.bias is None:
             return {self.kernel: unmoved}
-        return {self.kernel: unmoved, self.bias: matrix[:, -1].reshape(jnp.shape(leaves[self.bias]))}
+        return {self.kernel: unmoved, self.bias: parts[1].reshape(jnp.shape(like[self.bias]))}
 
 
 @dataclasses.dataclass(frozen=True)

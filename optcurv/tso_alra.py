@@ -31,6 +31,7 @@ from optcurv.kronecker import (
     Structure,
     damp,
     init_powers,
+    is_early,
     refresh_powers,
 )
 from optcurv.labels import LabelSampler
@@ -91,7 +92,7 @@ def scale_by_kronecker(
     labels: LabelSampler | None = None,
     layers: Layers | None = None,
     batch_size: int | None = None,
-    rank: int | None = 32,
+    rank: int | None = 16,
     max_factor_size: int = 8192,
     max_positions: int | None = None,
     seed: int = 0,
@@ -118,8 +119,8 @@ def scale_by_kronecker(
     Args:
       power: p < 0.
       factor_decay: how much of the averages remains, in [0, 1], a number or a schedule.
-      factor_every: steps from one batch averaged in to the next.
-      root_every: :math:`T_{int}`, steps from one decomposition of a factor to the next; early on there are more.
+      factor_every: steps from one batch averaged in to the next; early on there are more.
+      root_every: :math:`T_{int}`, steps from one decomposition of a factor to the next; likewise.
       damping: λ ≥ 0, relative, a number or a schedule.
       absolute_damping: likewise; published 1e-6, with no relative one.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
@@ -238,8 +239,8 @@ def scale_by_kronecker(
             for path, leaf in gradients.items()
         }
         for layer in found.found if powers.powers else ():
-            product = structure.apply(powers.powers[layer.path], layer.join(leaves))
-            results |= {paths[place]: part for place, part in layer.split(product, leaves).items()}
+            products = structure.apply(powers.powers[layer.path], layer.parts(leaves))
+            results |= {paths[place]: leaf for place, leaf in layer.leaves(products, leaves).items()}
         return results
 
     def update(
@@ -264,7 +265,7 @@ def scale_by_kronecker(
         num_examples = batch_size or count_examples(value_fn, params)
         average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
         factors, squares, weight = jax.lax.cond(
-            (state.count % factor_every == 0) | (state.weight == 0),
+            is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
             lambda _: (state.factors, state.squares, state.weight),
             (params, gradients),

@@ -128,12 +128,15 @@ def test_low_rank_finds_the_leading_eigenpairs_and_the_mean_of_the_rest():
     )
     np.testing.assert_allclose(power, reference_power(matrix, -0.5, 0.1, 0.0), rtol=1e-6, atol=1e-8)
     matrices = jnp.asarray(rng.normal(size=(1, 20, 4)))
-    dense = KRONECKER.apply((jnp.asarray(power)[None], full), matrices)
-    np.testing.assert_allclose(KRONECKER.apply((low_rank, full), matrices), dense, rtol=1e-10, atol=1e-12)
+    parts = (matrices[:, :19], matrices[:, 19:])
+    dense = KRONECKER.apply((jnp.asarray(power)[None], full), parts)
+    product = KRONECKER.apply((low_rank, full), parts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), product, dense)
 
 
 @pytest.mark.parametrize("sides", [("low", "low"), ("low", "full"), ("diagonal", "low"), ("full", "diagonal")])
-def test_product_of_any_two_forms_equals_the_dense_one(sides):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_of_any_two_forms_equals_the_dense_one(sides, with_bias):
     rng = np.random.default_rng(0)
 
     def draw(form, size):
@@ -148,7 +151,11 @@ def test_product_of_any_two_forms_equals_the_dense_one(sides):
         return power, around + power.rest[:, None, None] * jnp.eye(size)
 
     (left, dense_left), (right, dense_right) = draw(sides[0], 7), draw(sides[1], 5)
-    matrices = jnp.asarray(rng.normal(size=(2, 7, 5)))
-    np.testing.assert_allclose(
-        KRONECKER.apply((left, right), matrices), dense_left @ matrices @ dense_right, rtol=1e-10, atol=1e-12
-    )
+    matrices = rng.normal(size=(2, 7, 5))
+    if not with_bias:
+        matrices[:, 6] = 0.0
+    parts = (jnp.asarray(matrices[:, :6]), jnp.asarray(matrices[:, 6:]))[: 1 + with_bias]
+    product = KRONECKER.apply((left, right), parts)
+    assert [part.shape for part in product] == [part.shape for part in parts]
+    expected = (dense_left @ matrices @ dense_right)[:, : 6 + with_bias]
+    np.testing.assert_allclose(jnp.concatenate(product, axis=1), expected, rtol=1e-10, atol=1e-12)
