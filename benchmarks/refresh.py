@@ -130,7 +130,8 @@ def results_table(title: str, rows: dict[str, dict[str, Any]], num_steps: int, d
         table.add_row(
             schedule.name,
             *(str(number) for number in (schedule.factor_every, schedule.root_every, schedule.rank or "all")),
-            *(f"{row[name]:.2f}" for name in ("quiet", "average", "longest")),
+            "-" if math.isnan(row["quiet"]) else f"{row['quiet']:.2f}",
+            *(f"{row[name]:.2f}" for name in ("average", "longest")),
             f"{row['compile_seconds']:.1f}",
             f"{row['compile_seconds'] / row['gradient_compile_seconds']:.1f}",
             f"{row['train_loss']:.4f} at {row['learning_rate']:g}",

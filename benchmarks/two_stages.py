@@ -121,7 +121,8 @@ def _tso(rule: Callable[[Mapping[str, Any], int], optcurv.SwitchRule]) -> Callab
     def optimizer(
         setting: Mapping[str, Any], factor: optax.Schedule, num_steps: int
     ) -> optax.GradientTransformationExtraArgs:
-        return optcurv.tso_alra(_rate(setting, factor), when=rule(setting, num_steps))
+        preconditioner = optcurv.scale_by_kronecker(rank=_RANK)
+        return optcurv.tso_alra(_rate(setting, factor), when=rule(setting, num_steps), preconditioner=preconditioner)
 
     return optimizer
 
@@ -135,7 +136,9 @@ def _bounded(
         setting: Mapping[str, Any], factor: optax.Schedule, num_steps: int
     ) -> optax.GradientTransformationExtraArgs:
         first = optax.chain(
-            optcurv.scale_by_kronecker(power), optax.clip_by_global_norm(1.0), optax.scale(setting["learning rate"])
+            optcurv.scale_by_kronecker(power, rank=_RANK),
+            optax.clip_by_global_norm(1.0),
+            optax.scale(setting["learning rate"]),
         )
         stages = optcurv.switch(first, optax.scale(_SGD_RATE), rule(setting, num_steps))
         return optax.chain(stages, optax.scale_by_learning_rate(factor))
@@ -171,6 +174,7 @@ _NEVER_RATES = {"learning rate": (1e-1, 3e-1, 1.0)}
 _NATURAL_RATES = {"learning rate": (3e-1, 1.0)}
 _SWITCHES = {"switch at": (0.1, 0.45)}
 _SGD_RATE = 0.1  # about the best for SGD alone
+_RANK = 32  # twice the default: here a step's cost is not the point
 
 FAMILIES = (
     Family("SGD", _RATES, _sgd),
