@@ -37,6 +37,8 @@ WORKLOADS = {
 }
 
 
+RUNGE_KUTTA = Method("SGD-RK2", optcurv.sgd_rk2, "learning rate", (0.01,), 2)
+
 _ITERATIONS = 4
 
 
@@ -132,7 +134,7 @@ def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> d
     batch = random_batch(workload.batch_size)
     steps = [
         CompiledStep(workload, method, batch)
-        for method in track((GRADIENT_DESCENT, *METHODS, *LOOPED), f"{name}: compiling", transient=True)
+        for method in track((GRADIENT_DESCENT, *METHODS, RUNGE_KUTTA, *LOOPED), f"{name}: compiling", transient=True)
     ]
     for step in steps:
         step.seconds(num_steps)

@@ -1,78 +1,45 @@
 """The pictures."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks import hessian_mass, quadratics, two_stages
 from benchmarks.claims import mean_interval
+from benchmarks.style import log_axis, new_figure, save, styles
 from benchmarks.training import Run
 
 _AXES = {"steps": "steps", "gradients": "gradient-equivalents", "seconds": "time in seconds"}
-# Okabe and Ito's colours, told apart by the colour-blind; lines and markers, by those who print in black and white.
-_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#999999")
-_LINES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
 _LOSSES_SHOWN = (1e-9, 1e9)  # below lies rounding, above divergence
 _PROGRESS_SHOWN = (0.5, 1.02)
 
 
 def plot_curves(path: Path, title: str, runs: Mapping[str, Sequence[Run]]) -> None:
     """Draws the training loss against steps, gradients and seconds: mean over seeds, band from least to most."""
-    figure = _figure(13, 5)
+    figure = new_figure(13, 5)
     panels = figure.subplots(1, len(_AXES), sharey=True)
-    for (name, method_runs), style in zip(runs.items(), _styles(), strict=False):
+    for (name, method_runs), style in zip(runs.items(), styles(), strict=False):
         losses = np.array([run.curve["loss"] for run in method_runs])
         for panel, axis in zip(panels, _AXES, strict=True):
             x = np.mean([run.curve[axis] for run in method_runs], axis=0)
             panel.plot(x, losses.mean(axis=0), label=name, markevery=4, **style)
             panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
     _finish_losses(figure, panels, _AXES.values(), "training loss, mini-batch average", title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _finish_losses(figure: Figure, panels: Sequence[Axes], labels: Iterable[str], loss: str, title: str) -> None:
     """Names the axes of a row of losses, and what is drawn."""
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel(label)
-        _log_axis(panel)
+        log_axis(panel)
     panels[0].set_ylabel(loss)
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    for colour, line, marker in zip(cycle(_COLOURS), cycle(_LINES), cycle(_MARKERS), strict=False):
-        yield {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
-
-
-def _log_axis(panel: Axes) -> None:
-    """A logarithmic vertical axis with readable labels."""
-    panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    within_decade = (1, 3) if high < 1e5 * low else (1,)  # over more decades LogLocator drops what lies between
-    panel.yaxis.set_major_locator(LogLocator(subs=within_decade))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.grid(visible=True, which="both", alpha=0.3)
 
 
 def ellipse(matrix: np.ndarray, radius: float, num_points: int = 401) -> np.ndarray:
@@ -86,11 +53,11 @@ def ellipse(matrix: np.ndarray, radius: float, num_points: int = 401) -> np.ndar
 def plot_quadratics(path: Path, measured: Mapping[str, Mapping[str, quadratics.Measured]]) -> None:
     """Draws each method's iterates and every other trust region over level sets, and suboptimality below."""
     problems = quadratics.PROBLEMS
-    figure = _figure(4 * len(problems), 14)
+    figure = new_figure(4 * len(problems), 14)
     panels = figure.subplots(1 + len(quadratics.METHODS), len(problems), squeeze=False)
     for column, (problem, by_name) in zip(panels.T, measured.items(), strict=True):
         column[0].set_title(problem)
-        for panel, (name, one), style in zip(column[:-1], by_name.items(), _styles(), strict=False):
+        for panel, (name, one), style in zip(column[:-1], by_name.items(), styles(), strict=False):
             _draw_descent(panel, problems[problem], one.drawn, style)
             panel.set(xlabel="w₁", ylabel=f"{name}\nw₂")
             mean, half_width = mean_interval(one.log_values, quadratics.LEVEL)
@@ -101,7 +68,7 @@ def plot_quadratics(path: Path, measured: Mapping[str, Mapping[str, quadratics.M
         column[-1].grid(visible=True, alpha=0.3)
     figure.suptitle("Iterates and every other implicit trust region; below, mean over starts with its 90 % interval")
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_descent(panel: Axes, hessian: np.ndarray, descent: quadratics.Descent, style: Mapping[str, Any]) -> None:
@@ -121,7 +88,7 @@ def _draw_descent(panel: Axes, hessian: np.ndarray, descent: quadratics.Descent,
 
 def plot_masses(path: Path, title: str, measured: Mapping[str, hessian_mass.Measured]) -> None:
     """Draws the diagonal mass of each network at each stage, with 95 % intervals, over the two baselines."""
-    figure = _figure(max(6.5, 4.2 * len(measured)), 5)
+    figure = new_figure(max(6.5, 4.2 * len(measured)), 5)
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for panel, (name, one) in zip(panels, measured.items(), strict=True):
         stages = hessian_mass.STAGES
@@ -132,11 +99,11 @@ def plot_masses(path: Path, title: str, measured: Mapping[str, hessian_mass.Meas
             panel.axhline(mass, color="black", linestyle=line, label=baseline)
         panel.set_xticks(x, [stage.replace(" ", "\n") for stage in stages])
         panel.set(title=f"{name}, {one.dimension} parameters", xlim=(-0.5, len(stages) - 0.5))
-        _log_axis(panel)
+        log_axis(panel)
     panels[0].set_ylabel("diagonal mass of the Hessian")
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 class Column(NamedTuple):
@@ -159,10 +126,10 @@ class Column(NamedTuple):
 
 def plot_training(path: Path, title: str, columns: Sequence[Column]) -> None:
     """Draws mean and 95 % interval over the runs; of the loss, in its logarithm."""
-    figure = _figure(4.5 * len(columns), 8)
+    figure = new_figure(4.5 * len(columns), 8)
     panels = figure.subplots(2, len(columns), squeeze=False)
     for (above, below), column in zip(panels.T, columns, strict=True):
-        for (name, runs), style in zip(column.runs.items(), _styles(), strict=False):
+        for (name, runs), style in zip(column.runs.items(), styles(), strict=False):
             x, losses = _on_common_axis(runs, column.axis, "train_loss")
             mean, half_width = mean_interval(np.log10(np.clip(np.nan_to_num(losses, nan=np.inf), *_LOSSES_SHOWN)))
             _draw_band(above, x, 10 ** np.array([mean - half_width, mean, mean + half_width]), name, style)
@@ -172,7 +139,7 @@ def plot_training(path: Path, title: str, columns: Sequence[Column]) -> None:
         means = np.concatenate([np.asarray(line.get_ydata()) for line in above.lines])
         above.set_ylim(means.min() / 2, means.max() * 2)  # a wide band may leave the picture
         above.set(title=column.title, ylabel="training loss")
-        _log_axis(above)
+        log_axis(above)
         below.axhline(column.target, color="black", linewidth=0.8)
         below.annotate(
             f"{100 * column.target:g} %", (1, column.target), (3, 0), ("axes fraction", "data"), "offset points"
@@ -182,7 +149,7 @@ def plot_training(path: Path, title: str, columns: Sequence[Column]) -> None:
         below.grid(visible=True, alpha=0.3)
     figure.suptitle(title)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_band(panel: Axes, x: np.ndarray, band: np.ndarray, name: str, style: Mapping[str, Any]) -> None:
@@ -200,12 +167,12 @@ def _on_common_axis(runs: Sequence[Run], axis: str, figure: str) -> tuple[np.nda
 
 def plot_stages(path: Path, title: str, results: Sequence[two_stages.Result]) -> None:
     """Draws the test loss of each family against epochs and seconds: mean over the seeds and its 95 % interval."""
-    figure = _figure(11, 5.5)
+    figure = new_figure(11, 5.5)
     panels = figure.subplots(1, 2, sharey=True)
-    for result, style in zip(results, _styles(), strict=False):
+    for result, style in zip(results, styles(), strict=False):
         for panel, axis in zip(panels, ("epochs", "seconds"), strict=True):
             x = np.mean([run.evaluations[axis] for run in result.final], axis=0)
             mean, half_width = mean_interval([run.evaluations["test_loss"] for run in result.final])
             _draw_band(panel, x, np.array([mean - half_width, mean, mean + half_width]), result.family.name, style)
     _finish_losses(figure, panels, ("epochs", _AXES["seconds"]), "test loss (negative log-likelihood)", title)
-    _save(figure, path)
+    save(figure, path)

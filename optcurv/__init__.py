@@ -1,8 +1,10 @@
 """Curvature-aware optimisers as optax transformations."""
 
+from optcurv.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product
 from optcurv.diagnostics import diagnostics
 from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
+from optcurv.hessian_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
 from optcurv.kronecker import BLOCK, DIAGONAL, KRONECKER, Structure
 from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
 from optcurv.labels import sample_categorical, sample_gaussian
@@ -10,18 +12,21 @@ from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
 from optcurv.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
 from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
-from optcurv.spectra import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.spectra import (
+    hutchinson_diagonal,
+    hutchinson_trace,
+    leading_eigenpairs,
+    spectral_density,
+)
 from optcurv.surface import (
     absolute_line,
-    barrier_height,
     barycentric,
-    basin_width,
     bilinear,
-    functional_distance,
-    label_disagreement,
     line,
     plane,
+    plane_coordinates,
     random_direction,
+    settled_statistics,
 )
 from optcurv.switching import SwitchRule, on_plateau, switch
 from optcurv.taps import layers
@@ -61,9 +66,12 @@ __all__ = [
     "functional_distance",
     "gauss_newton_product",
     "hessian_product",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
     "label_disagreement",
     "lanczos",
     "layers",
+    "leading_eigenpairs",
     "least_squares_diagonal_mass",
     "line",
     "masked",
@@ -71,6 +79,7 @@ __all__ = [
     "on_plateau",
     "pal",
     "plane",
+    "plane_coordinates",
     "random_direction",
     "rmsprop_shape",
     "runge_kutta",
@@ -80,7 +89,9 @@ __all__ = [
     "scale_by_kronecker",
     "scale_by_nesterov_flow",
     "scale_by_parabolic_linesearch",
+    "settled_statistics",
     "sgd_rk2",
+    "spectral_density",
     "steihaug",
     "switch",
     "trust_region",

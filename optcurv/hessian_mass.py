@@ -1,4 +1,4 @@
-"""Spectra of Hessians and other symmetric operators, and how much of one its diagonal holds."""
+"""How much of a symmetric operator its diagonal holds, and what chance would give."""
 
 import math
 from typing import Any, NamedTuple

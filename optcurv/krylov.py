@@ -393,13 +393,51 @@ def _krylov_space(matvec: MatVec, gradient: PyTree, metric: Metric, dimension: i
     return space._replace(operator=upper + jnp.triu(upper, 1).T, gradient=_coordinates(space.basis, gradient))
 
 
+class Tridiagonal(NamedTuple):
+    r"""An orthonormal basis Q of a Krylov space, and :math:`Q^\top A Q`.
+
+    Attributes:
+      basis: Q, a pytree whose leaves have a new first axis of the space's dimension; zero beyond its end.
+      diagonal: of the matrix.
+      off_diagonal: of the matrix; one fewer.
+    """
+
+    basis: PyTree
+    diagonal: jax.Array
+    off_diagonal: jax.Array
+
+    def matrix(self) -> jax.Array:
+        """Returns the dense matrix."""
+        return jnp.diag(self.diagonal) + jnp.diag(self.off_diagonal, 1) + jnp.diag(self.off_diagonal, -1)
+
+
+def tridiagonalize(matvec: MatVec, start: PyTree, num_steps: int) -> Tridiagonal:
+    """Lanczos' method, each new vector orthogonalised against all before; it takes one product a step.
+
+    Where the space ends early, the rest of the basis and of the matrix is zero.
+    """
+    plain = Metric(lambda v: v, lambda v: v)
+
+    def step(basis: PyTree, index: jax.Array) -> tuple[PyTree, tuple[jax.Array, jax.Array]]:
+        vector = jax.tree.map(lambda q: q[index], basis)
+        product = matvec(vector)
+        following, _, _ = _orthonormalized(plain, basis, product)
+        basis = jax.tree.map(lambda q, v: q.at[index + 1].set(v, mode="drop"), basis, following)
+        return basis, (jnp.asarray(optax.tree.vdot(vector, product)), jnp.asarray(optax.tree.vdot(following, product)))
+
+    first = optax.tree.scale(1 / optax.tree.norm(start), start)
+    basis = jax.tree.map(lambda v: jnp.zeros((num_steps, *v.shape), v.dtype).at[0].set(v), first)
+    basis, (diagonal, off_diagonal) = jax.lax.scan(step, basis, jnp.arange(num_steps))
+    return Tridiagonal(basis, diagonal, off_diagonal[:-1])
+
+
 def _orthonormalized(metric: Metric, basis: PyTree, dual: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
     """Returns M⁻¹ times a vector made M-orthonormal to a basis, whether it is new to it, and its squared norm."""
     vector = metric.inverse(dual)
     square = jnp.asarray(optax.tree.vdot(dual, vector))
-    vector = optax.tree.sub(vector, _combination(_coordinates(basis, dual), basis))
+    vector = optax.tree.sub(vector, combine(_coordinates(basis, dual), basis))
     # Once more: the first pass leaves rounding in proportion to what it removed.
-    vector = optax.tree.sub(vector, _combination(_coordinates(basis, metric.apply(vector)), basis))
+    vector = optax.tree.sub(vector, combine(_coordinates(basis, metric.apply(vector)), basis))
     rest = jnp.asarray(optax.tree.vdot(vector, metric.apply(vector)))
     is_new = rest > (100 * jnp.finfo(rest.dtype).eps) ** 2 * square
     scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, rest, 1.0)), 0.0)
@@ -412,7 +450,8 @@ def _coordinates(basis: PyTree, dual: PyTree) -> jax.Array:
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
-def _combination(coefficients: jax.Array, basis: PyTree) -> PyTree:
+def combine(coefficients: jax.Array, basis: PyTree) -> PyTree:
+    """Returns the sum of a basis' rows, each times its coefficient."""
     return jax.tree.map(lambda q: jnp.tensordot(coefficients, q, axes=1, precision="highest"), basis)
 
 
@@ -424,4 +463,4 @@ def _step_in_space(
     quadratic = jnp.vdot(h, space.gradient + 0.5 * jnp.matmul(space.operator, h, precision="highest"))
     stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_SHAPE)
     stop = jnp.where(jnp.isfinite(quadratic + space.least_square), stop, Stop.NOT_FINITE)
-    return ModelStep(_combination(h, space.basis), -quadratic - regularization, space.products, stop)
+    return ModelStep(combine(h, space.basis), -quadratic - regularization, space.products, stop)

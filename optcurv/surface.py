@@ -230,8 +230,7 @@ def plane(
       [[ 1. 21.]
        [ 2. 22.]]
     """
-    if len(directions) != 2:
-        raise ValueError(f"directions must be two, got {len(directions)}.")
+    _check_two(directions)
     x, y = _grid(xs, ys)
     weights = jnp.stack([jnp.ones_like(x), x, y], axis=-1)
     return _evaluate(value_fn, (center, *directions), weights, batches, num_at_once)
@@ -272,6 +271,72 @@ def random_direction(key: chex.PRNGKey, params: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [draw(*pair) for pair in zip(keys, leaves, strict=True)])
 
 
+def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:
+    r"""Projects points onto a plane, such as where an optimiser came by.
+
+    .. math:: \arg\min_{x, y} \|\theta + x\, d_1 + y\, d_2 - p\|
+
+    Args:
+      center: θ, parameters, any pytree.
+      directions: d₁ and d₂, of the structure and shapes of `center`, not parallel.
+      points: p, likewise.
+
+    Returns:
+      The coordinates x and y of each point, of shape (points, 2), for `optcurv.plane`'s axes.
+
+    Raises:
+      ValueError: if structures or shapes differ, there are not two directions, or they are parallel.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> axes = jnp.array([2.0, 0.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
+      >>> print(optcurv.plane_coordinates(jnp.zeros(3), axes, [jnp.array([3.0, 1.0, 5.0])]))
+      [[1. 1.]]
+    """
+    _check_two(directions)
+    gram = jnp.array([[optax.tree.vdot(one, other) for one in directions] for other in directions])
+    if not jnp.linalg.det(gram) > 1e-6 * gram[0, 0] * gram[1, 1]:
+        raise ValueError("directions must not be parallel or zero.")
+    slopes = []
+    for point in points:
+        _check_same_layout((center, *directions, point))
+        offset = optax.tree.sub(point, center)
+        slopes.append(jnp.stack([optax.tree.vdot(direction, offset) for direction in directions]))
+    return jnp.linalg.solve(gram, jnp.stack(slopes).T).T
+
+
+def settled_statistics(update_fn: Callable[[PyTree], PyTree], statistics: PyTree) -> PyTree:
+    r"""The running statistics at which a training step leaves them as they are.
+
+    BatchNorm's running averages belong to the parameters they were taken at; between networks there are none. In a
+    `value_fn` this recomputes them from given data at each point. One step maps each running average s to
+    :math:`m s + (1 - m)\, b`, with the data's own statistic b and a momentum m < 1; b is what is returned, without
+    having to know m.
+
+    Args:
+      update_fn: maps running statistics to those after one training step on the given data.
+      statistics: any, in the structure that `update_fn` takes; only structure, shapes and dtypes matter.
+
+    Returns:
+      The statistics of the data.
+
+    Example:
+      With a Flax network: `settled_statistics(lambda s: net.apply({"params": p, "batch_stats": s}, x, train=True,
+      mutable="batch_stats")[1]["batch_stats"], batch_stats)`.
+
+      >>> import jax.numpy as jnp, optcurv
+      >>> update = lambda s: {"mean": 0.75 * s["mean"] + 0.25 * 3.0}
+      >>> print(optcurv.settled_statistics(update, {"mean": jnp.zeros(2)}))
+      {'mean': Array([3., 3.], dtype=float32)}
+    """
+    # Compiled together, all need one forward pass: what a training step adds does not depend on running statistics.
+    at_zero, at_one = (update_fn(like(statistics)) for like in (optax.tree.zeros_like, optax.tree.ones_like))
+    rates = jax.tree.map(lambda zero, one: 1 - (one - zero), at_zero, at_one)
+    settled = jax.tree.map(jnp.divide, at_zero, rates)
+    # Once more, for the digits that the difference of large numbers lost.
+    return jax.tree.map(lambda old, new, rate: old + (new - old) / rate, settled, update_fn(settled), rates)
+
+
 def _evaluate(
     value_fn: SliceFn, trees: Sequence[PyTree], weights: jax.Array, batches: Iterable[PyTree] | None, num_at_once: int
 ) -> PyTree:
@@ -281,19 +346,26 @@ def _evaluate(
     check_count("num_at_once", num_at_once)
     _check_same_layout(trees)
 
-    @jax.jit
-    def evaluate(trees: Sequence[PyTree], rows: jax.Array, *batch: PyTree) -> PyTree:
-        def value(row: jax.Array) -> PyTree:
-            return value_fn(jax.tree.map(lambda *leaves: _weighted_sum(row, leaves), *trees), *batch)
-
-        return jax.lax.map(value, rows, batch_size=num_at_once if num_at_once > 1 else None)
-
-    rows = weights.reshape(-1, len(trees))
+    rows, batch_size = weights.reshape(-1, len(trees)), num_at_once if num_at_once > 1 else None
     if batches is None:
-        result = evaluate(trees, rows)
+        result = _evaluate_rows(value_fn, batch_size, trees, rows)
     else:
-        result = _average((evaluate(trees, rows, batch), _num_examples(batch)) for batch in batches)
+        result = _average(
+            (_evaluate_rows(value_fn, batch_size, trees, rows, batch), _num_examples(batch)) for batch in batches
+        )
     return jax.tree.map(lambda values: values.reshape(weights.shape[:-1] + values.shape[1:]), result)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluate_rows(
+    value_fn: SliceFn, batch_size: int | None, trees: Sequence[PyTree], rows: jax.Array, *batch: PyTree
+) -> PyTree:
+    """One program for all slices of a function and a shape."""
+
+    def value(row: jax.Array) -> PyTree:
+        return value_fn(jax.tree.map(lambda *leaves: _weighted_sum(row, leaves), *trees), *batch)
+
+    return jax.lax.map(value, rows, batch_size=batch_size)
 
 
 def _weighted_sum(weights: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
@@ -335,6 +407,11 @@ def _check_number_of_vertices(vertices: Sequence[PyTree], number: int) -> None:
         raise ValueError(f"vertices must be {number}, got {len(vertices)}.")
 
 
+def _check_two(directions: Sequence[PyTree]) -> None:
+    if len(directions) != 2:
+        raise ValueError(f"directions must be two, got {len(directions)}.")
+
+
 def _check_same_layout(trees: Sequence[PyTree]) -> None:
     first, *others = (_layout(tree) for tree in trees)
     for other in others:
@@ -347,131 +424,3 @@ def _layout(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     return [
         (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
-
-
-def functional_distance(outputs_a: jax.typing.ArrayLike, outputs_b: jax.typing.ArrayLike) -> jax.Array:
-    r"""The root mean square distance between what two networks say of the same examples.
-
-    .. math:: \sqrt{\frac{1}{n} \sum_{i=1}^{n} \|F(x_i, \theta_a) - F(x_i, \theta_b)\|^2}
-
-    (section 4.1 of "An empirical analysis of the optimization of deep network loss surfaces", where F is what the
-    network puts out.)
-
-    Args:
-      outputs_a: of one network, of shape (n, ...), such as probabilities of classes.
-      outputs_b: of the other, likewise.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if the shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp, optcurv
-      >>> print(optcurv.functional_distance(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[4.0, 0.0], [1.0, 3.0]])))
-      3.0
-    """
-    a, b = _same_shape(outputs_a, outputs_b)
-    return jnp.sqrt(jnp.sum((a - b) ** 2) / a.shape[0])
-
-
-def label_disagreement(outputs_a: jax.typing.ArrayLike, outputs_b: jax.typing.ArrayLike) -> jax.Array:
-    """The share of examples that two classifiers put into different classes.
-
-    Args:
-      outputs_a: logits or probabilities of one, of shape (n, classes).
-      outputs_b: of the other, likewise.
-
-    Returns:
-      A scalar in [0, 1].
-
-    Raises:
-      ValueError: if the shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp, optcurv
-      >>> print(optcurv.label_disagreement(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])))
-      0.5
-    """
-    a, b = _same_shape(outputs_a, outputs_b)
-    return jnp.mean(jnp.argmax(a, axis=-1) != jnp.argmax(b, axis=-1), dtype=jnp.float32)
-
-
-def _same_shape(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-    a, b = jnp.asarray(a), jnp.asarray(b)
-    if a.shape != b.shape or a.ndim == 0:
-        raise ValueError(f"Outputs must be of the same shape (n, ...), got {a.shape} and {b.shape}.")
-    return a, b
-
-
-def basin_width(distances: jax.typing.ArrayLike, losses: jax.typing.ArrayLike, threshold: float) -> jax.Array:
-    """The length of the interval around a line's least loss on which the loss stays below a threshold.
-
-    The basins of Figs. 5 and 6 of "An empirical analysis of the optimization of deep network loss surfaces" as a
-    number. Where the loss crosses the threshold is interpolated linearly; where it does not before the line ends, the
-    interval ends there.
-
-    Args:
-      distances: of shape (n,), ascending: coefficients for the relative size, `absolute_line`'s for the absolute one.
-      losses: of shape (n,).
-      threshold: in the unit of the losses.
-
-    Returns:
-      The width, in the unit of `distances`; 0 if the least loss is not below the threshold.
-
-    Raises:
-      ValueError: if the shapes differ or are not (n,).
-
-    Example:
-      >>> import jax.numpy as jnp, optcurv
-      >>> x = jnp.linspace(-3.0, 3.0, 601)
-      >>> print(optcurv.basin_width(x, x**2, threshold=1.0).round(3))
-      2.0
-    """
-    x, y = _curve(distances, losses)
-    lowest = jnp.nanargmin(y)
-    above = ~(y < threshold)  # where it is not a number too
-    index = jnp.arange(x.size)
-    left = jnp.max(jnp.where(above & (index < lowest), index, -1))
-    right = jnp.min(jnp.where(above & (index > lowest), index, x.size))
-
-    def crossing(outside: jax.Array, inside: jax.Array) -> jax.Array:
-        outside = jnp.clip(outside, 0, x.size - 1)
-        share = jnp.nan_to_num((threshold - y[inside]) / (y[outside] - y[inside]), nan=0.0)
-        return x[inside] + share * (x[outside] - x[inside])  # the same point where the line ends
-
-    width = crossing(right, right - 1) - crossing(left, left + 1)
-    return jnp.where(above[lowest], 0.0, width)
-
-
-def barrier_height(losses: jax.typing.ArrayLike) -> jax.Array:
-    r"""How far the loss on the line between two points rises above the straight line between their losses.
-
-    .. math:: \max_i\; L(\alpha_i) - \bigl((1 - \alpha_i) L(0) + \alpha_i L(1)\bigr)
-
-    for equally spaced :math:`\alpha_i` from 0 to 1. Zero means that the points are linearly connected.
-
-    Args:
-      losses: of shape (n,), from one point to the other.
-
-    Returns:
-      The height, in the unit of the losses.
-
-    Raises:
-      ValueError: if the shape is not (n,).
-
-    Example:
-      >>> import jax.numpy as jnp, optcurv
-      >>> print(optcurv.barrier_height(jnp.array([1.0, 5.0, 2.0])))
-      3.5
-    """
-    _, y = _curve(jnp.linspace(0.0, 1.0, jnp.size(losses)), losses)
-    return jnp.max(y - jnp.linspace(y[0], y[-1], y.size))
-
-
-def _curve(x: jax.typing.ArrayLike, y: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    if x.ndim != 1 or x.shape != y.shape or x.size == 0:
-        raise ValueError(f"Distances and losses must be of the same shape (n,), got {x.shape} and {y.shape}.")
-    return x, y

@@ -13,7 +13,8 @@ FLOORS = [
     {"arguments", "jaxpr"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"krylov", "kronecker", "shapes"},
-    {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "spectra", "surface", "masking", "diagnostics"},
+    {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "masking", "diagnostics"}
+    | {"comparisons", "hessian_mass", "spectra", "surface"},
     {"__init__"},
 ]
 PACKAGE = pathlib.Path(optcurv.__file__).parent

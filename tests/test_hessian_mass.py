@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optcurv
-from optcurv import spectra
+from optcurv import hessian_mass
 from tests import problems
 
 
@@ -67,7 +67,7 @@ def test_a_diagonal_operator_has_all_its_mass_there(params):
 @pytest.mark.parametrize("block", [1, 7, 39, 40, 64])
 def test_the_block_does_not_matter(monkeypatch, block):
     matrix, matvec = random_operator()
-    monkeypatch.setattr(spectra, "_WIDEST_BLOCK", block)
+    monkeypatch.setattr(hessian_mass, "_WIDEST_BLOCK", block)
     assert float(optcurv.diagonal_mass(matvec, jnp.zeros(40)).mass) == pytest.approx(dense_mass(matrix), rel=1e-5)
 
 
@@ -101,8 +101,8 @@ def test_the_estimate_and_its_standard_error_are_honest(num_probes):
 
 
 def test_larger_operators_are_sampled(monkeypatch):
-    monkeypatch.setattr(spectra, "_MOST_COLUMNS", 39)
-    monkeypatch.setattr(spectra, "_DRAWN_COLUMNS", 30)
+    monkeypatch.setattr(hessian_mass, "_MOST_COLUMNS", 39)
+    monkeypatch.setattr(hessian_mass, "_DRAWN_COLUMNS", 30)
     matrix, matvec = random_operator()
     mass, error = optcurv.diagonal_mass(matvec, jnp.zeros(40))
     assert 0 < float(error) < 0.2 * float(mass)

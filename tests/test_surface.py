@@ -1,5 +1,6 @@
-"""Slices against a plain Python loop, their corners, batches; distances between networks, basins and barriers."""
+"""Slices against a plain Python loop, their corners, batches; running statistics between networks."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,36 +117,32 @@ def test_random_directions_have_the_filters_norms():
             np.testing.assert_array_equal(drawn, 0)
 
 
-def test_functional_distance_and_disagreement():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 30, 4))
-    expected = np.sqrt(np.mean([np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)]))
-    np.testing.assert_allclose(optcurv.functional_distance(a, b), expected, rtol=1e-6)
-    share = np.mean([np.argmax(x) != np.argmax(y) for x, y in zip(a, b, strict=True)])
-    np.testing.assert_allclose(optcurv.label_disagreement(a, b), share, rtol=1e-6)
-    with pytest.raises(ValueError, match="same shape"):
-        optcurv.functional_distance(a, b[:5])
+def test_plane_coordinates_are_those_of_the_nearest_point():
+    center, first, second, offside = networks(4)
+    points = [mixed((1, 0.5, -2.0), (center, first, second)), mixed((1, 0.1), (center, offside))]
+    coordinates = optcurv.plane_coordinates(center, (first, second), points)
+    np.testing.assert_allclose(coordinates[0], [0.5, -2.0], rtol=1e-4)
+    flat = np.stack([jax.flatten_util.ravel_pytree(tree)[0] for tree in (first, second, offside)])
+    nearest, *_ = np.linalg.lstsq(flat[:2].T, 0.1 * flat[2], rcond=None)
+    np.testing.assert_allclose(coordinates[1], nearest, rtol=1e-3)
+    with pytest.raises(ValueError, match="parallel"):
+        optcurv.plane_coordinates(center, (first, optax.tree.scale(2.0, first)), points)
 
 
-@pytest.mark.parametrize(
-    ("losses", "width"),
-    [
-        ([3.0, 1.0, 0.0, 1.0, 3.0], 3.0),  # crosses 2 halfway
-        ([1.0, 1.0, 0.0, 1.0, 3.0], 3.5),  # the line ends first
-        ([3.0, 0.5, 3.0, 0.0, 3.0], 4 / 3),  # another basin does not count
-        ([3.0, 1.0, 0.0, np.nan, 0.0], 1.5),  # ends where the loss is not finite
-        ([3.0, 3.0, 2.5, 3.0, 3.0], 0.0),  # nowhere below
-    ],
-    ids=["crosses", "line ends", "two basins", "not finite", "above"],
-)
-def test_basin_width(losses, width):
-    np.testing.assert_allclose(optcurv.basin_width(np.arange(5.0), losses, threshold=2.0), width, rtol=1e-6)
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_settled_statistics_are_those_of_the_data(momentum):
+    x = 300.0 + 40.0 * jax.random.normal(jax.random.key(0), (64, 5))
+    norm = nn.BatchNorm(use_running_average=False, momentum=momentum)
+    variables = norm.init(jax.random.key(1), x)
 
+    @jax.jit
+    def settle(statistics):
+        update = lambda s: norm.apply({**variables, "batch_stats": s}, x, mutable="batch_stats")[1]["batch_stats"]  # noqa: E731
+        return optcurv.settled_statistics(update, statistics)
 
-def test_barrier_height_is_above_the_chord():
-    x = np.linspace(0, 1, 101)
-    np.testing.assert_allclose(optcurv.barrier_height(2 * x + np.sin(np.pi * x)), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(optcurv.barrier_height(x**2), 0.0, atol=1e-6)
+    settled = settle(variables["batch_stats"])
+    np.testing.assert_allclose(settled["mean"], np.mean(x, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(settled["var"], np.var(np.float64(x), axis=0), rtol=1e-3)  # Flax squares the mean
 
 
 def test_bad_input():
@@ -168,5 +165,3 @@ def test_bad_input():
         optcurv.line(lambda p, batch: 0.0, w, w, [0.0], batches=[])
     with pytest.raises(TypeError, match="value_fn"):
         optcurv.line(1.0, w, w, [0.0])
-    with pytest.raises(ValueError, match=r"\(n,\)"):
-        optcurv.basin_width([0.0, 1.0], [0.0], 1.0)
