@@ -92,10 +92,10 @@ class OptcurvSide(Side):
 
 # The bound on the norm makes optcurv's best rates alike for both powers; kfac-jax's damping is absolute.
 GRIDS: dict[str, dict[float, dict[str, tuple[float, ...]]]] = {
-    "optcurv": {power: {"learning rate": (0.01, 0.03, 0.1, 0.3), "damping": (1e-3, 1e-1)} for power in POWERS},
+    "optcurv": {power: {"learning rate": (0.03, 0.1, 0.3, 1.0), "damping": (1e-3, 1e-1, 1.0)} for power in POWERS},
     "kfac-jax": {
-        -1.0: {"learning rate": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1.0)},
-        -0.5: {"learning rate": (1e-3, 3e-3, 1e-2, 3e-2), "damping": (1e-2, 1.0)},
+        -1.0: {"learning rate": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1.0, 10.0)},
+        -0.5: {"learning rate": (1e-3, 3e-3, 1e-2, 3e-2), "damping": (1e-2, 1.0, 10.0)},
     },
 }
 

@@ -99,7 +99,7 @@ def compare_with_peer(args: argparse.Namespace, dataset: data.Dataset) -> None:
     """Costs of steps, and losses after equal seconds, beside kfac-jax."""
     python, results = peer.make_environment(args.peer_environment), {}
     cases = [(name, power) for name in peer.NETWORKS for power in peer.POWERS]
-    with progress_bar(16 * len(cases)) as report:
+    with progress_bar(24 * len(cases)) as report:
         for name, power in cases:
             results[f"{name}, {power:g}"] = peer.compare(dataset, python, name, power, args.seconds, report)
     table = peer.results_table(results, args.seconds)
