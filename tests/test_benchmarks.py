@@ -220,10 +220,11 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     assert main(["cost", "--model", "mlp", "--rounds", "2", "--output", str(tmp_path)]) == 0
     assert "EDF-G k=1" in capsys.readouterr().out
     figures = json.loads((tmp_path / "cost.json").read_text())["cost"]["mlp"]
-    gradient, sgd, edf, steihaug, lanczos = figures["rows"]
+    gradient, sgd, edf, runge_kutta, steihaug, lanczos = figures["rows"]
     assert gradient["flops_ratio"] == 1
     assert gradient["seconds_ratio_quartiles"] == [1, 1, 1]
-    assert 1 < sgd["flops_ratio"] < edf["flops_ratio"] < 3
+    assert 1 < sgd["flops_ratio"] < runge_kutta["flops_ratio"] < edf["flops_ratio"] < 3
+    assert runge_kutta["flops_ratio"] == pytest.approx(runge_kutta["floor"], rel=0.05)
     assert 1 / 3 < figures["forward_flops_ratio"] < 1 / 2
     # Four products each, all but one of them beyond XLA's count of a loop: of 4/3 and of 2 gradients, or less.
     assert 4 < steihaug["flops_ratio"] < 1.2 * steihaug["floor"] == pytest.approx(8)

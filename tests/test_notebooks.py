@@ -1,0 +1,60 @@
+"""The notebooks run from top to bottom, and are stored as small as they should be."""
+
+import os
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MAX_BYTES = 600_000  # of a notebook with its outputs
+
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_four():
+    assert len(PATHS) == 4
+
+
+@pytest.mark.xdist_group("notebooks")  # one after the other: each has a process with a JAX of its own
+@every_notebook
+def test_runs(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
+    client.execute(env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
+
+
+@every_notebook
+def test_begins_with_badge_and_installation(path):
+    badge, installation, *_ = nbformat.read(path, as_version=4).cells
+    assert badge.cell_type == "markdown"
+    assert badge.source.startswith("[![Open in Colab]")
+    assert f"/notebooks/{path.name})" in badge.source
+    assert "google.colab" in installation.source
+    assert "%pip install" in installation.source
+
+
+@every_notebook
+def test_is_stored_with_outputs_of_one_clean_run(path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert not any(cell.metadata for cell in notebook.cells)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+
+
+@every_notebook
+def test_is_small_and_names_no_machine(path):
+    assert path.stat().st_size < MAX_BYTES
+    text = path.read_text()
+    assert not any(folder in text for folder in ("/home/", "/root/", "/tmp/", "/Users/"))
