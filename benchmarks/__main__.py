@@ -4,10 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import adaptive_norms, compare, cost, tso_alra
+from benchmarks import adaptive_norms, compare, cost, loss_surfaces, tso_alra
 from benchmarks.data import DataError
 
-COMMANDS = {"compare": compare, "cost": cost, "adaptive-norms": adaptive_norms, "tso-alra": tso_alra}
+COMMANDS = {
+    "compare": compare,
+    "cost": cost,
+    "adaptive-norms": adaptive_norms,
+    "tso-alra": tso_alra,
+    "loss-surfaces": loss_surfaces,
+}
 
 
 def main(argv: Sequence[str]) -> int:

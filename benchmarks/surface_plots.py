@@ -67,6 +67,7 @@ def draw_plane(
     assert isinstance(solid, Axes3D)
     solid.plot_surface(*np.meshgrid(x, y, indexing="ij"), heights, cmap=_MAP, linewidth=0.2, edgecolor="0.3")
     solid.set(xlabel=x_label, ylabel=y_label, zlabel=value_label)
+    solid.locator_params(nbins=5)
     figure.suptitle(title)
     if paths:
         figure.legend(loc="outside lower center", ncols=4, handlelength=4)
@@ -83,15 +84,15 @@ def _draw_path(panel: Axes, name: str, points: np.ndarray, style: Mapping[str, A
 def draw_spectrum(
     title: str, x: ArrayLike, densities: Mapping[str, ArrayLike], eigenvalues: ArrayLike | None = None
 ) -> Figure:
-    """Draws densities over eigenvalues x, on a logarithmic axis, and marks single eigenvalues below."""
+    """Draws densities over eigenvalues x, on a logarithmic axis, and marks single eigenvalues on its lower edge."""
     figure = draw_lines(title, x, densities, "eigenvalue", "density", log=True)
     panel = figure.axes[0]
-    panel.set_ylim(bottom=1e-6 * max(np.max(np.asarray(density)) for density in densities.values()))
+    highest = max(np.max(np.asarray(density)) for density in densities.values())
+    panel.set_ylim(1e-6 * highest, 3 * highest)
     if eigenvalues is not None:
         found = np.asarray(eigenvalues)
         low, _ = panel.get_ylim()
-        panel.plot(found, np.full(len(found), low), "|", color="black", markersize=18, label="leading eigenvalues")
-        panel.legend()
+        panel.plot(found, np.full(len(found), low), "|", color="black", markersize=18)
     return figure
 
 
@@ -122,7 +123,9 @@ def draw_panels(
         panel.set_visible(False)
     if log:
         log_axis(grid[0, 0])
-    figure.supxlabel(x_label, fontsize="medium")
+    for panel in list(grid.flat)[max(0, len(panels) - num_columns) : len(panels)]:  # not supxlabel: a legend covers it
+        panel.set_xlabel(x_label)
+        panel.tick_params(labelbottom=True)
     figure.supylabel(y_label, fontsize="medium")
     figure.suptitle(title)
     if len(shown) > 1:
@@ -133,7 +136,7 @@ def draw_panels(
 def draw_pairs(
     title: str,
     names: Sequence[str],
-    surfaces: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    surfaces: Mapping[str, Sequence[ArrayLike]],
     lines: Mapping[str, tuple[ArrayLike, ArrayLike]],
     value_label: str,
     line_label: str,
@@ -149,8 +152,9 @@ def draw_pairs(
     levels = np.linspace(finite.min(), max(np.percentile(finite, 90), finite.min() + 1e-6), _LEVELS)
     top = max(np.nanmax(np.asarray(y)) for _, y in lines.values())
     filled = None
-    for row, column in np.ndindex(grid.shape):
-        panel, pair = grid[row, column], f"{names[min(row, column)]} | {names[max(row, column)]}"
+    for (row, column), panel in np.ndenumerate(grid):
+        assert isinstance(panel, Axes)
+        pair = f"{names[min(row, column)]} | {names[max(row, column)]}"
         panel.set(xticks=[], yticks=[])
         if row > column:
             x, y, values = (np.asarray(part) for part in surfaces[pair])
@@ -162,10 +166,10 @@ def draw_pairs(
             panel.tick_params(labelsize="x-small")
             panel.set_yticks([0, round(float(top), 2)])
         else:
-            panel.text(0.5, 0.5, names[row], ha="center", va="center")
+            panel.text(0.5, 0.5, names[int(row)], ha="center", va="center")
             panel.axis("off")
     if filled is not None:
         figure.colorbar(filled, ax=grid, label=value_label, shrink=0.6)
     figure.suptitle(title)
-    figure.supxlabel(f"below the diagonal: {value_label}; above: {line_label}", fontsize="small")
+    figure.supxlabel(f"Below the diagonal: {value_label}. Above: {line_label}.", fontsize="small")
     return figure
