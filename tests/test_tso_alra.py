@@ -268,6 +268,22 @@ def test_statistics_that_are_not_finite_are_not_averaged_in():
     assert optax.tree.norm(updates) > 0
 
 
+def test_factors_are_averaged_at_early_steps_and_every_so_many():
+    params, loss_of, _ = two_layers()
+    loss, optimizer = loss_of(1), optcurv.scale_by_kronecker(factor_every=10, root_every=6)
+
+    @jax.jit
+    def update(state):
+        return optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)[1]
+
+    state, averaged = optimizer.init(params), []
+    for step in range(21):
+        before, state = state, update(state)
+        if state.weight != before.weight:
+            averaged.append(step)
+    assert averaged == [0, 1, 2, 4, 10, 20]  # 8 is no longer early: roots are taken every 6
+
+
 def test_curvature_closure_gives_the_factors():
     params, loss_of, _ = two_layers()
     _, expected = first_update(params, loss_of(1))
