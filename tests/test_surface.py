@@ -145,6 +145,12 @@ def test_settled_statistics_are_those_of_the_data(momentum):
     np.testing.assert_allclose(settled["var"], np.var(np.float64(x), axis=0), rtol=1e-3)  # Flax squares the mean
 
 
+def test_settling_keeps_the_digits_of_large_statistics():
+    statistics = jnp.geomspace(1.0, 1e4, 50)
+    settled = jax.jit(lambda s: optcurv.settled_statistics(lambda s: 0.99 * s + 0.01 * statistics, s))(statistics)
+    np.testing.assert_allclose(settled, statistics, rtol=2e-5)
+
+
 def test_bad_input():
     loss, w = jnp.sum, {"a": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"structure and shapes.*'a'"):
