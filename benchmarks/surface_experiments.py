@@ -135,11 +135,8 @@ class Slices:
     """Slices of a problem's loss surface, each compiled once."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self._line = jax.jit(lambda *args: optcurv.line(problem.seen_loss, *args))
+        self.problem, self._loss = problem, problem.seen_loss
         self._between = jax.jit(self._compare)
-        self._barycentric = jax.jit(lambda *args: optcurv.barycentric(problem.seen_loss, *args))
-        self._bilinear = jax.jit(lambda *args: optcurv.bilinear(problem.seen_loss, *args))
 
     def _compare(self, first: optax.Params, second: optax.Params, coefficients: jax.Array) -> dict[str, jax.Array]:
         def outputs(params: optax.Params) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +165,7 @@ class Slices:
 
         def losses(run: Trained) -> Array:
             report(f"{self.problem.name}: line of {run.plan}")
-            return np.asarray(self._line(self.start(run), run.params, x), np.float64)
+            return np.asarray(optcurv.line(self._loss, self.start(run), run.params, x), np.float64)
 
         return Curves(x, {name: np.stack([losses(run) for run in column]) for name, column in runs.items()})
 
@@ -180,7 +177,7 @@ class Slices:
         for name, (run, *_) in runs.items():
             report(f"{self.problem.name}: basin of {run.plan}")
             start = self.start(run)
-            curves[name] = np.asarray([optcurv.absolute_line(self.problem.seen_loss, run.params, start, x)])
+            curves[name] = np.asarray([optcurv.absolute_line(self._loss, run.params, start, x)])
         return Curves(x, curves)
 
     def between(self, pairs: Mapping[str, Sequence[tuple[Trained, Trained]]], points: int, report: Report) -> Between:
@@ -198,12 +195,14 @@ class Slices:
 
     def triangle(self, first: Trained, second: Trained, points: int) -> Array:
         """Looks at the plane through a common start and two ends; of shape (from the start, from second to first)."""
-        return np.asarray(self._barycentric((self.start(first), first.params, second.params), *_sides(points)))
+        return np.asarray(
+            optcurv.barycentric(self._loss, (self.start(first), first.params, second.params), *_sides(points))
+        )
 
     def square(self, corners: Sequence[optax.Params], points: int) -> Array:
         """Looks at the surface that four points span; the last lies at (0, 0), the first at (1, 1)."""
         side = np.linspace(0, 1, points)
-        return np.asarray(self._bilinear(tuple(corners), side, side))
+        return np.asarray(optcurv.bilinear(self._loss, tuple(corners), side, side))
 
 
 def _sides(points: int) -> tuple[Array, Array]:

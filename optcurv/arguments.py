@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -99,3 +100,17 @@ def at_least_float32(tree: PyTree) -> PyTree:
     """Casts all leaves to their `wide_dtype`."""
     dtype = wide_dtype(tree)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
+def vector_space(params: PyTree) -> tuple[PyTree, int]:
+    """Returns the parameters in at least float32, and how many numbers they are; raises if there is none."""
+    params = at_least_float32(params)
+    dimension = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if dimension == 0:
+        raise ValueError("params must hold at least one number; these are empty.")
+    return params, dimension
+
+
+def key_or_default(key: chex.PRNGKey | None) -> chex.PRNGKey:
+    """Returns the key, or the one that stands for none."""
+    return jax.random.key(0) if key is None else key

@@ -7,7 +7,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optcurv.arguments import PyTree, at_least_float32, check_count, check_number
+from optcurv.arguments import (
+    PyTree,
+    at_least_float32,
+    check_count,
+    check_number,
+    key_or_default,
+    vector_space,
+)
 from optcurv.curvature import MatVec
 
 _MOST_COLUMNS = 20_000  # of an operator measured whole unless told otherwise
@@ -75,10 +82,7 @@ def diagonal_mass(
             "matvec must be a function v -> Av, such as optcurv.hessian_product(loss, params), "
             f"got {type(matvec).__name__}."
         )
-    params = at_least_float32(params)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if dimension == 0:
-        raise ValueError("params must hold at least one number; these are empty.")
+    params, dimension = vector_space(params)
     columns = _columns(dimension, num_probes, key)
     num_columns = len(columns)
 
@@ -109,8 +113,7 @@ def _columns(dimension: int, num_probes: int | None, key: chex.PRNGKey | None) -
             )
     elif dimension <= _MOST_COLUMNS:
         return jnp.arange(dimension)
-    key = jax.random.key(0) if key is None else key
-    return jax.random.permutation(key, dimension)[: num_probes or _DRAWN_COLUMNS]
+    return jax.random.permutation(key_or_default(key), dimension)[: num_probes or _DRAWN_COLUMNS]
 
 
 def _unit_vector(like: PyTree, index: jax.Array) -> PyTree:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, at_least_float32, check_count
+from optcurv.arguments import PyTree, check_count, key_or_default, vector_space
 from optcurv.curvature import MatVec
 from optcurv.krylov import combine, tridiagonalize
 
@@ -99,7 +99,7 @@ def leading_eigenpairs(
       >>> print(pairs.values.round(1), jnp.abs(pairs.vectors[0]).round(3))
       [-30.   4.] [0. 0. 1. 0.]
     """
-    params, dimension = _space(params)
+    params, dimension = vector_space(params)
     check_count("num_pairs", num_pairs)
     num_steps = min(4 * num_pairs + 20, dimension) if num_steps is None else num_steps
     check_count("num_steps", num_steps)
@@ -107,7 +107,7 @@ def leading_eigenpairs(
         raise ValueError(
             f"num_pairs <= num_steps <= number of parameters must hold, got {num_pairs}, {num_steps}, {dimension}."
         )
-    space = tridiagonalize(matvec, _probe(_key(key), params), num_steps)
+    space = tridiagonalize(matvec, _probe(key_or_default(key), params), num_steps)
     values, coordinates = jnp.linalg.eigh(space.matrix())
     inside = jnp.append(1.0, jnp.cumprod(space.off_diagonal != 0)).astype(values.dtype)  # where the basis is not zero
     values = jnp.where(inside @ coordinates**2 > 0.5, values, jnp.nan)
@@ -222,7 +222,7 @@ def spectral_density(
       >>> print(density.smoothed(jnp.array([0.0, 2.0]), width=0.1).round(1))
       [0.  0.5]
     """
-    params, dimension = _space(params)
+    params, dimension = vector_space(params)
     check_count("num_steps", num_steps)
     check_count("num_probes", num_probes)
     if num_steps > dimension:
@@ -232,14 +232,14 @@ def spectral_density(
         nodes, vectors = jnp.linalg.eigh(tridiagonalize(matvec, _probe(key, params), num_steps).matrix())
         return nodes, vectors[0] ** 2
 
-    return SpectralDensity(*jax.lax.map(quadrature, jax.random.split(_key(key), num_probes)))
+    return SpectralDensity(*jax.lax.map(quadrature, jax.random.split(key_or_default(key), num_probes)))
 
 
 def _hutchinson(
     sample: Callable[[PyTree], PyTree], params: PyTree, num_probes: int, key: chex.PRNGKey | None
 ) -> Estimate:
     """Averages a function of random signs, one probe after the other (Welford's recurrence)."""
-    params, _ = _space(params)
+    params, _ = vector_space(params)
     check_count("num_probes", num_probes)
     if num_probes < 2:
         raise ValueError("num_probes must be at least 2, for a standard error, got 1.")
@@ -254,24 +254,11 @@ def _hutchinson(
 
     zeros = optax.tree.zeros_like(jax.eval_shape(sample, params))
     numbers = jnp.arange(1.0, num_probes + 1)
-    keys = jax.random.split(_key(key), num_probes)
+    keys = jax.random.split(key_or_default(key), num_probes)
     (mean, squares), _ = jax.lax.scan(accumulate, (zeros, zeros), (numbers, keys))
     return Estimate(mean, jax.tree.map(lambda s: jnp.sqrt(s / (num_probes * (num_probes - 1))), squares))
-
-
-def _space(params: PyTree) -> tuple[PyTree, int]:
-    """Returns the parameters in at least float32, and how many numbers they are."""
-    params = at_least_float32(params)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if dimension == 0:
-        raise ValueError("params must hold at least one number; these are empty.")
-    return params, dimension
 
 
 def _probe(key: chex.PRNGKey, params: PyTree) -> PyTree:
     """Draws a sign for each parameter."""
     return optax.tree.random_like(key, params, jax.random.rademacher)
-
-
-def _key(key: chex.PRNGKey | None) -> chex.PRNGKey:
-    return jax.random.key(0) if key is None else key

@@ -32,8 +32,8 @@ def line(
     Points are made and evaluated one after the other in one jitted loop: memory does not grow with their number.
 
     Args:
-      value_fn: a loss, or any function of the parameters that returns a pytree of arrays, such as training loss, test
-        loss and accuracy at once. With `batches`, a function of parameters and batch.
+      value_fn: a loss, or any pure function of the parameters that returns a pytree of arrays, such as training loss,
+        test loss and accuracy at once; compiled once. With `batches`, a function of parameters and batch.
       start: parameters, any pytree; α = 0.
       end: parameters of the same structure and shapes; α = 1.
       coefficients: α, of shape (n,); values outside of [0, 1] lie beyond the ends.
