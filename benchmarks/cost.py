@@ -17,6 +17,7 @@ from benchmarks.loops import count_flops, loops_table, measure_loops, product_fl
 from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
 from benchmarks.models import Batch, Cnn, Mlp, Task, classification_loss
 from benchmarks.report import environment, print_table, write_json, write_table
+from benchmarks.slices import NUM_IMAGES, measure_planes, planes_table, temporary_bytes
 from benchmarks.training import State, init_state, train_step
 from optcurv.curvature import CurvatureFn
 from optcurv.krylov import Solver
@@ -85,6 +86,9 @@ def main(args: argparse.Namespace) -> int:
         table = loops_table(f"{name}: products inside and outside of a loop", figures["loops"])
         print_table(table)
         write_table(args.output / f"loops-{name}.txt", table)
+        table = planes_table(f"{name}: a plane of the loss surface", figures["planes"])
+        print_table(table)
+        write_table(args.output / f"planes-{name}.txt", table)
     return 0
 
 
@@ -102,11 +106,6 @@ class CompiledStep:
         self.flops = count_flops(self.compiled)
         if method in LOOPED:  # XLA counts the body of a loop once
             self.flops += (_ITERATIONS - 1) * product_flops(workload.task, LOOPED[method], batch)
-
-    def temporary_bytes(self) -> int:
-        """Returns the memory the step needs beside its arguments and results."""
-        analysis = self.compiled.memory_analysis()
-        return analysis.temp_size_in_bytes if analysis else 0
 
     def seconds(self, num_steps: int) -> float:
         """Returns the wall-clock time of a step, over a few in a row."""
@@ -151,14 +150,19 @@ def measure(name: str, workload: Workload, rounds: int, num_steps: int = 3) -> d
             "flops_ratio": step.flops / yardstick.flops,
             "seconds": float(np.median(seconds[:, i])),
             "seconds_ratio_quartiles": quartiles[:, i].tolist(),
-            "temporary_bytes": step.temporary_bytes(),
+            "temporary_bytes": temporary_bytes(step.compiled),
             "compile_seconds": step.compile_seconds,
         }
         for i, step in enumerate(steps)
     ]
     forward = forward_flops(workload, batch) / yardstick.flops
-    loops = measure_loops(workload.task, batch, rounds)
-    return {"batch_size": workload.batch_size, "forward_flops_ratio": forward, "rows": rows, "loops": loops}
+    return {
+        "batch_size": workload.batch_size,
+        "forward_flops_ratio": forward,
+        "rows": rows,
+        "loops": measure_loops(workload.task, batch, rounds),
+        "planes": measure_planes(workload.task, random_batch(NUM_IMAGES), rounds),
+    }
 
 
 def random_batch(batch_size: int) -> Batch:

@@ -37,7 +37,7 @@ def measure_loops(task: Task, batch: Batch, rounds: int) -> list[dict[str, Any]]
         ]
         times = np.array(
             [
-                [_seconds(program, params, gradient, batch) for program in programs]
+                [seconds_of(program, params, gradient, batch) for program in programs]
                 for _ in track(range(rounds + 1), f"{name}: timing", transient=True)
             ][1:]
         )
@@ -100,7 +100,8 @@ def _damped(product: MatVec) -> MatVec:
     return lambda vector: optax.tree.add_scale(product(vector), 100.0, vector)
 
 
-def _seconds(program: Callable[..., PyTree], *arguments: PyTree) -> float:
+def seconds_of(program: Callable[..., PyTree], *arguments: PyTree) -> float:
+    """Returns how long a function takes until its results are there."""
     start = time.perf_counter()
     jax.block_until_ready(program(*arguments))
     return time.perf_counter() - start

@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=default.num_seeds, help="verdicts need 4, the default; switching takes half"
     )
+    parser.add_argument(
+        "--full-size", action="store_true", help="images of 28x28 pixels; without it, of 14x14, the averages of 2x2"
+    )
     parser.add_argument("--quick", action="store_true", help="few methods, two epochs of few images: does it run?")
     parser.add_argument(
         "--output",
@@ -97,7 +100,8 @@ class Session:
         self.trainer = functools.cache(self._trainer)
         self.slices = functools.cache(lambda name: experiments.Slices(self.trainer(name).problem))
         self.minima = functools.cache(self._minima)
-        self._images = functools.cache(lambda: data.fashion_mnist(self._data_dir))
+        read = data.fashion_mnist if args.full_size else data.small_fashion_mnist
+        self._images = functools.cache(lambda: read(self._data_dir))
 
     def _trainer(self, name: str) -> Trainer:
         dataset = read_text(self._data_dir) if name == "lstm" else self._images()
@@ -123,7 +127,7 @@ class Session:
 
     def draw(self, stem: str, figure: Figure) -> None:
         """Writes a picture."""
-        save(figure, self.output / f"{stem}.png")
+        save(figure, self.output / stem)
 
 
 def minima(session: Session) -> list[Claim]:
@@ -159,8 +163,9 @@ def minima_table(found: Minima) -> Table:
     table = _table(
         f"{found.problem}: ends of the optimisers",
         ("rate", *_FIGURES.values(), "distance", "basin, relative", "basin, absolute"),
-        f"Mean and 95 % interval over the seeds. Basins: loss below {experiments.BASIN:g} of the "
-        f"{found.initial_loss:.3g} at initialisation, on a line twice as long as the way.",
+        f"Mean and 95 % interval over the seeds. Basins: loss below {found.threshold:.3g}, midway between that of "
+        f"the ends, in the median, and the {found.initial_loss:.3g} at initialisation; the line is "
+        f"{experiments.LENGTH:g} times as long as the way.",
     )
     relative, absolute = found.widths(absolute=False), found.widths(absolute=True)
     for method, runs in found.runs.items():
@@ -263,9 +268,7 @@ def _draw_surfaces(session: Session, found: Minima) -> None:
     for stem, (title, surface) in surfaces.items():
         labels = ("α", "β", _LOSS)
         title = f"{name}: {title}"
-        figure = draw_plane(title, *surface, *labels)
-        session.draw(stem, figure)
-        save(figure, session.output / f"{stem}.svg")
+        session.draw(stem, draw_plane(title, *surface, *labels))
 
 
 def switching(session: Session) -> list[Claim]:

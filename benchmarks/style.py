@@ -5,6 +5,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,9 +25,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a picture in the format of the name's ending."""
+    """Writes a picture as PNG, and beside it as SVG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    with rc_context({"svg.hashsalt": "optcurv"}):  # and no date: the same picture is the same file
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def styles() -> Iterator[dict[str, Any]]:

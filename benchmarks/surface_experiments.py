@@ -19,8 +19,8 @@ Array = NDArray[np.float64]
 Report = Callable[[str], None]
 
 BASIN = 0.5
-"""A basin is where the loss stays below this share of the loss at initialisation."""
-LENGTH = 2.0
+"""A basin is where the loss stays below this share of the way from the ends, in the median, to the initialisation."""
+LENGTH = 3.0
 """Lines from the initialisation lead so many times as far as the run came."""
 
 SWITCHED = tuple(itertools.permutations(("SGD", "Adam", "Adadelta"), 2))
@@ -49,8 +49,8 @@ class Scale:
 
     num_images: int = 2048
     num_seen: int = 512
-    num_epochs: int = 8
-    tuning_epochs: int = 3
+    num_epochs: int = 16
+    tuning_epochs: int = 4
     num_seeds: int = 4
     line_points: int = 25
     surface_points: int = 11
@@ -69,7 +69,7 @@ QUICK = Scale(
     num_seen=128,
     num_epochs=2,
     num_seeds=1,
-    line_points=9,
+    line_points=10,
     surface_points=5,
     methods=("SGD", "Adam", "SGD+RK2"),
     switched=SWITCHED[:1],
@@ -170,9 +170,9 @@ class Slices:
         return Curves(x, {name: np.stack([losses(run) for run in column]) for name, column in runs.items()})
 
     def around_end(self, runs: Runs, num_points: int, report: Report) -> Curves:
-        """Looks from where the first run of each name ended, by absolute distance, back and on (Eq. 1)."""
+        """Looks from where the first run of each name ended, by absolute distance, back to its start and on (Eq. 1)."""
         longest = max((x for column in runs.values() if math.isfinite(x := column[0].final("distance"))), default=1.0)
-        x = np.linspace(-longest, LENGTH * longest, num_points)
+        x = np.linspace((1 - LENGTH) * longest, longest, num_points)
         curves = {}
         for name, (run, *_) in runs.items():
             report(f"{self.problem.name}: basin of {run.plan}")
@@ -244,6 +244,12 @@ class Minima(NamedTuple):
         """The mean over the seeds."""
         return float(next(iter(self.from_start.by_name.values()))[:, 0].mean())
 
+    @property
+    def threshold(self) -> float:
+        """The loss that bounds a basin; one for all methods."""
+        ends = [run.final("train_loss") for runs in self.runs.values() for run in runs]
+        return (1 - BASIN) * float(np.nanmedian(ends)) + BASIN * self.initial_loss
+
     def finals(self, name: str) -> dict[str, list[float]]:
         """Returns a figure of each method's runs."""
         return {method: [run.final(name) for run in runs] for method, runs in self.runs.items()}
@@ -254,7 +260,7 @@ class Minima(NamedTuple):
         for method, curves in self.from_start.by_name.items():
             lengths = self.finals("distance")[method] if absolute else [1.0] * len(curves)
             result[method] = [
-                basin(length * self.from_start.x, losses, BASIN * self.initial_loss)
+                basin(length * self.from_start.x, losses, self.threshold)
                 for length, losses in zip(lengths, curves, strict=True)
             ]
         return result

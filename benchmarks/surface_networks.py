@@ -222,13 +222,14 @@ class Problem:
 
     def logits(self, params: optax.Params) -> tuple[jax.Array, jax.Array]:
         """Returns logits on the seen training examples and on the test's, with statistics settled on the former."""
+        train, _ = self._apply_in_training(params, self._statistics, self.seen.images)  # its own statistics, settled
 
         def after_step(statistics: Any) -> Any:
             return self._apply_in_training(params, statistics, self.seen.images)[1]
 
         statistics = self._statistics and optcurv.settled_statistics(after_step, self._statistics)
-        variables = {"params": params, "batch_stats": statistics}
-        train, test = (self.network.apply(variables, batch.images) for batch in (self.seen, self.test))
+        variables: dict[str, Any] = {"params": params, "batch_stats": statistics}
+        test = self.network.apply(variables, self.test.images)
         return train, test  # pyright: ignore[reportReturnType]: without `mutable`, apply returns the output alone
 
     def seen_loss(self, params: optax.Params) -> jax.Array:

@@ -1,5 +1,6 @@
 """Pictures of loss surfaces: lines, planes with what was found on them, optimisers' paths, spectra."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def draw_panels(
         panel.set_xlabel(x_label)
         panel.tick_params(labelbottom=True)
     figure.supylabel(y_label, fontsize="medium")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())))
     if len(shown) > 1:
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, handlelength=4)
     return figure

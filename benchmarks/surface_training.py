@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,18 +240,32 @@ class Trainer:
         initialisation: Initialisation | None = None,
         grid: tuple[float, ...] | None = None,
     ) -> float:
-        """Returns the learning rate of the least training loss at the end of a run of so many epochs."""
-        runs = []
+        """Returns the learning rate of the least training loss at the end of a run of so many epochs.
+
+        While the best is the least or the largest of those tried, the next in its direction is tried too.
+        """
+
+        def run(rate: float) -> Trained:
+            return self.run(Plan(Stage(method, rate), TUNING_SEED, num_epochs, initialisation))
+
+        runs = {}
         for rate in grid or METHODS[method].grid:
-            plan = Plan(Stage(method, rate), TUNING_SEED, num_epochs, initialisation)
-            runs.append(self.run(plan))
-            report(f"{self.problem.name}: {plan}, tuning")
-        return least_loss(runs).plan.first.rate
+            runs[rate] = run(rate)
+            report(f"{self.problem.name}: {runs[rate].plan}, tuning")
+        for _ in range(_MAX_EXTENSIONS):
+            best = _least_loss(runs)
+            further = {max(runs): 3 * best, min(runs): best / 3}.get(best)
+            if further is None:
+                break
+            further = float(f"{further:.2g}")
+            runs[further] = run(further)
+        return _least_loss(runs)
 
 
 TUNING_SEED = 0
+_MAX_EXTENSIONS = 3  # of a grid
 
 
-def least_loss(runs: list[Trained]) -> Trained:
-    """Returns the run of the least training loss at the end; one that is not a number is none."""
-    return min(runs, key=lambda run: np.nan_to_num(run.final("loss"), nan=np.inf))
+def _least_loss(runs: Mapping[float, Trained]) -> float:
+    """Returns the rate of the least training loss at the end; one that is not a number is none."""
+    return min(runs, key=lambda rate: np.nan_to_num(runs[rate].final("loss"), nan=np.inf))

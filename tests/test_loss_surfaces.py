@@ -170,10 +170,31 @@ def test_networks_are_looked_at_with_the_statistics_of_the_seen_examples():
         assert figures[f"{split}_accuracy"] == pytest.approx(share)
 
 
-def test_tuning_takes_the_rate_of_the_least_finite_loss(trainer, monkeypatch):
-    losses = {0.1: 2.0, 0.2: 1.0, 0.3: math.nan}
-    monkeypatch.setattr(trainer, "run", lambda plan: Trained(plan, {}, {"loss": [0.0, losses[plan.first.rate]]}))
-    assert trainer.tuned_rate("SGD", 2, lambda text: None, grid=tuple(losses)) == 0.2
+@pytest.mark.parametrize(
+    ("losses", "best", "tried"),
+    [
+        ({0.1: 2.0, 0.3: 1.0, 0.9: math.nan}, 0.3, [0.1, 0.3, 0.9]),
+        ({0.1: 3.0, 0.3: 2.0, 0.9: 1.0, 2.7: 0.5, 8.1: 4.0}, 2.7, [0.1, 0.3, 0.9, 2.7, 8.1]),
+        (
+            {0.1: 3.0, 0.3: math.nan, 0.9: math.inf, 0.033: 2.0, 0.011: 1.0, 0.0037: 0.5},
+            0.0037,
+            [0.1, 0.3, 0.9, 0.033, 0.011, 0.0037],
+        ),
+    ],
+)
+def test_tuning_takes_the_rate_of_the_least_finite_loss_and_looks_beyond_the_grid(
+    trainer, monkeypatch, losses, best, tried
+):
+    rates, told = [], []
+
+    def run(plan):
+        rates.append(plan.first.rate)
+        return Trained(plan, {}, {"loss": [0.0, losses[plan.first.rate]]})
+
+    monkeypatch.setattr(trainer, "run", run)
+    assert trainer.tuned_rate("SGD", 2, told.append, grid=(0.1, 0.3, 0.9)) == best
+    assert rates == tried
+    assert len(told) == 3  # what the progress bar was told to expect
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +214,8 @@ def test_slices_meet_where_the_networks_are(problem, found):
     sgd, adam = one.runs["SGD"][0], one.runs["Adam"][0]
     start, ends = float(problem.seen_loss(slices.start(sgd))), (sgd.final("train_loss"), adam.final("train_loss"))
     line = one.from_start.by_name["SGD"][0]
-    assert one.from_start.x[[0, 4]].tolist() == [0.0, 1.0]
-    np.testing.assert_allclose(line[[0, 4]], [start, ends[0]], rtol=1e-4)
+    np.testing.assert_allclose(one.from_start.x[[0, 3, -1]], [0.0, 1.0, 3.0])
+    np.testing.assert_allclose(line[[0, 3]], [start, ends[0]], rtol=1e-4)
     between = one.between.loss.by_name["SGD | Adam"][0]
     np.testing.assert_allclose(between[[0, -1]], ends, rtol=1e-4)
     triangle = one.triangles["SGD | Adam"]
@@ -209,7 +230,7 @@ def test_absolute_lines_lead_from_the_end_to_the_start(problem, found):
     slices, one = found
     x, sgd = one.around_end.x, one.runs["SGD"][0]
     longest = max(runs[0].final("distance") for runs in one.runs.values())
-    np.testing.assert_allclose(x[[0, -1]], [-longest, 2 * longest])
+    np.testing.assert_allclose(x[[0, -1]], [-2 * longest, longest])
     at_start = np.interp(sgd.final("distance"), x, one.around_end.by_name["SGD"][0])
     assert at_start == pytest.approx(float(problem.seen_loss(slices.start(sgd))), rel=0.05)
     assert np.interp(0, x, one.around_end.by_name["SGD"][0]) == pytest.approx(sgd.final("train_loss"), rel=0.1)
@@ -235,14 +256,14 @@ def run_of(distance=(1.0,), seed=1, second=None, **figures):
 
 def made_up(basins, train_accuracies, barrier, disagreement=0.2, spread=1e-3):
     """Minima of two methods and four seeds: basins around α = 1 of a width, and a barrier between."""
-    x, seeds = np.linspace(0, 2, 41), np.arange(4)
+    x, seeds = np.linspace(0, 3, 61), np.arange(4)
     from_start = {
         name: np.stack([np.clip(2 * np.abs(x - 1) / (width + 1e-3 * seed), 0, 2) for seed in seeds])
         for name, width in basins.items()
     }
     runs = {
         name: [
-            run_of(seed=seed, train_accuracy=accuracy + spread * seed, test_accuracy=0.8 + 1e-3 * seed)
+            run_of(seed=seed, train_loss=0.0, train_accuracy=accuracy + spread * seed, test_accuracy=0.8 + 1e-3 * seed)
             for seed in seeds
         ]
         for name, accuracy in train_accuracies.items()
@@ -287,8 +308,8 @@ def test_absolute_widths_are_in_units_of_the_parameters():
 
 
 def test_a_run_that_diverged_has_no_basin_and_decides_nothing():
-    x = np.linspace(0, 2, 5)
-    assert math.isnan(experiments.basin(x, np.array([2.0, 1.0, np.nan, np.nan, np.nan]), 1.5))
+    x = np.linspace(0, 3, 7)
+    assert math.isnan(experiments.basin(x, np.array([2.0, 1.0] + [np.nan] * 5), 1.5))
     claim = verdicts.separated("ends", {"a | b": [math.nan]}, 1.0)
     assert claim.verdict == Verdict.UNDECIDED
     content = experiments.plain({"a": np.array([1.0, np.nan]), "b": run_of(train_loss=math.inf)})
