@@ -2,6 +2,7 @@
 
 from optcurv.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product
+from optcurv.devices import state_shardings
 from optcurv.diagnostics import diagnostics
 from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
 from optcurv.hessian_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
@@ -92,6 +93,7 @@ __all__ = [
     "settled_statistics",
     "sgd_rk2",
     "spectral_density",
+    "state_shardings",
     "steihaug",
     "switch",
     "trust_region",

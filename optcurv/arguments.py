@@ -114,3 +114,9 @@ def vector_space(params: PyTree) -> tuple[PyTree, int]:
 def key_or_default(key: chex.PRNGKey | None) -> chex.PRNGKey:
     """Returns the key, or the one that stands for none."""
     return jax.random.key(0) if key is None else key
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Writes the path of a leaf; the same for an nnx variable and for its value, which optimisers see in turn."""
+    is_value = path and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[:-1] if is_value else path)

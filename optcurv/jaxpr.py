@@ -170,6 +170,7 @@ class Product:
       out: shape and dtype of the result.
       bias: the parameters added to the result, if any, as `views`.
       lengths: of every `scan` around, outermost first.
+      mesh_axes: of a `shard_map` around, those along which the result differs.
     """
 
     primitive: str
@@ -181,6 +182,7 @@ class Product:
     out: jax.ShapeDtypeStruct
     bias: tuple[View, ...] = ()
     lengths: tuple[int, ...] = ()
+    mesh_axes: tuple[str, ...] = ()
 
     @property
     def is_convolution(self) -> bool:
@@ -242,7 +244,7 @@ def record_products(fn: Callable[[Any], Any], params: Any) -> Recording:
 
 
 _MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
-_CASTS = {"convert_element_type", "copy", "name"}
+_CASTS = {"convert_element_type", "copy", "name", "pvary"}
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 
 
@@ -411,6 +413,7 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
         shape=shape,
         comes_first=comes_first,
         out=jax.ShapeDtypeStruct(_shape(eqn.outvars[0]), jnp.result_type(eqn.outvars[0].aval)),
+        mesh_axes=tuple(eqn.outvars[0].aval.manual_axis_type.varying),
     )
     whole = math.prod(shape) == sum(view.size for view in views)
     if product.is_convolution:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optcurv.arguments import PyTree, ValueFn, at_least_float32, scalar_fn
+from optcurv.arguments import PyTree, ValueFn, at_least_float32, path_name, scalar_fn
+from optcurv.devices import num_devices
 from optcurv.jaxpr import Product, Recording, View, record_products
 
 
@@ -139,13 +140,23 @@ def tap(
     Raises:
       ValueError: if the number of examples cannot be told.
     """
-    return pull_back_taps(scalar_fn(value_fn), params, jnp.ones_like, batch_size, max_positions)
+    found, taps = pull_back_taps(scalar_fn(value_fn), params, jnp.ones_like, batch_size, max_positions)
+    count = num_devices(taps)  # of a mean over them all an example has a smaller share
+    return found, [[use._replace(gradients=count * use.gradients) for use in uses] for uses in taps]
 
 
-def count_examples(value_fn: ValueFn, params: PyTree) -> int:
-    """Returns the number of examples that the layers' inputs lead with."""
-    shapes = jax.eval_shape(lambda params: tap(value_fn, params)[1], params)
-    return shapes[0][0].gradients.shape[1]
+def count_examples(value_fn: ValueFn, params: PyTree, batch_size: int | None = None) -> int:
+    """Returns the number of examples that the layers' inputs lead with, on all devices together."""
+    if batch_size and not layers(value_fn, params).found:
+        return batch_size
+    counts: list[int] = []
+
+    def count(params: PyTree) -> None:
+        _, taps = tap(value_fn, params, batch_size=batch_size)
+        counts.append(num_devices(taps) * taps[0][0].gradients.shape[1])
+
+    jax.eval_shape(count, params)
+    return counts[0]
 
 
 def pull_back_taps(
@@ -158,7 +169,7 @@ def pull_back_taps(
     """As `tap`, for a function of any result, pulled back from `cotangent_of(result)`."""
     recording = record_products(fn, params)
     found, uses = _describe(recording, params)
-    probes = [jnp.zeros((*product.lengths, *product.out.shape), product.out.dtype) for product in recording.products]
+    probes = [_probe(product) for product in recording.products]
     result, pull_back, activations = jax.vjp(functools.partial(recording.evaluate, params), probes, has_aux=True)
     (cotangents,) = pull_back(cotangent_of(result))
     arranged = [
@@ -176,10 +187,10 @@ def pull_back_taps(
     return found, taps
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Writes the path of a leaf; the same for an nnx variable and for its value, which optimisers see in turn."""
-    is_value = path and path[-1] == jax.tree_util.GetAttrKey("value")
-    return jax.tree_util.keystr(path[:-1] if is_value else path)
+def _probe(product: Product) -> jax.Array:
+    """Returns zeros to add to a product's result; their cotangents are the device's own."""
+    zeros = jnp.zeros((*product.lengths, *product.out.shape), product.out.dtype)
+    return jax.lax.pcast(zeros, product.mesh_axes, to="varying") if product.mesh_axes else zeros
 
 
 def _batch_size(found: Layers, arranged: list[list[tuple[jax.Array, jax.Array]]]) -> int:

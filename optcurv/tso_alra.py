@@ -16,11 +16,13 @@ from optcurv.arguments import (
     at_least_float32,
     check_count,
     check_number,
+    path_name,
     required_value_fn,
     scheduled,
     wide_dtype,
 )
 from optcurv.curvature import Composite
+from optcurv.devices import mean_over_devices, own_key
 from optcurv.jaxpr import with_canonical_convolutions
 from optcurv.kronecker import (
     BLOCK,
@@ -36,7 +38,7 @@ from optcurv.kronecker import (
 )
 from optcurv.labels import LabelSampler
 from optcurv.switching import SwitchRule, switch
-from optcurv.taps import Layers, count_examples, path_name, pull_back_taps, tap
+from optcurv.taps import Layers, count_examples, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
 
@@ -131,7 +133,8 @@ def scale_by_kronecker(
       layers: of the closure, as `optcurv.layers` returns them. By default the state is made for kernels whose last axis
         alone is the output's, as those of dense layers and of ungrouped convolutions, and for no other arrays of more
         than one axis.
-      batch_size: the number of examples whose mean the loss is; default: the leading axis of the layers' inputs.
+      batch_size: the number of examples whose mean the loss is, of those on one device within `jax.shard_map`; default:
+        the leading axis of the layers' inputs.
       rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
         the previous ones, and all other eigenvalues count as equal to their mean; None finds all, exactly, at a cost
         in proportion to the cube of a layer's width.
@@ -205,15 +208,16 @@ def scale_by_kronecker(
         if labels is None:
             found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
         elif isinstance(value_fn, Composite):
-            sample = functools.partial(labels, key)
+            sample = lambda outputs: labels(own_key(key, outputs), outputs)  # noqa: E731
             found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
         shapes = factor_shapes(_sizes(found))
-        return {
+        factors = {
             layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
             for layer, uses in zip(found.found, taps, strict=True)
         }
+        return mean_over_devices(factors)
 
     def average(
         value_fn: ValueFn, num_examples: int, state: ScaleByKroneckerState, params: PyTree, gradients: dict
@@ -262,7 +266,7 @@ def scale_by_kronecker(
         if structure is not DIAGONAL:
             _check_layers(found, factor_shapes(_sizes(found)), state)
 
-        num_examples = batch_size or count_examples(value_fn, params)
+        num_examples = count_examples(value_fn, params, batch_size)
         average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
         factors, squares, weight = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),

@@ -11,6 +11,7 @@ import optcurv
 
 FLOORS = [
     {"arguments", "jaxpr"},
+    {"devices"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"krylov", "kronecker", "shapes"},
     {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "masking", "diagnostics"}

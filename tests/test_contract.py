@@ -265,6 +265,22 @@ def test_sharded_batch_takes_the_same_path(case):
     assert_same(params, reference(case)[0])
 
 
+def mean_over_mesh(loss):
+    """The mean of the devices' own losses, as a user of `jax.shard_map` writes it."""
+    return optcurv.Composite(loss.model_fn, lambda outputs: jax.lax.pmean(loss.loss_fn(outputs), "data"))
+
+
+@every_case
+def test_shard_map_takes_the_same_path(case):
+    """All decisions are taken on what all devices found: replicated outputs must be, or JAX raises."""
+    mesh = jax.make_mesh((4,), ("data",))
+    step = make_step(case.make(), lambda batch: mean_over_mesh(problems.regression_loss(batch)))
+    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(jax.P(), jax.P(), jax.P("data")), out_specs=jax.P()))
+    params = problems.regression_params()
+    params, _ = train(step, params, case.make().init(params), 4)
+    assert_same(params, reference(case)[0])
+
+
 @every_case
 def test_checkpoint_continues_bit_for_bit(case, tmp_path):
     step, params = jitted_step(case), problems.regression_params()
