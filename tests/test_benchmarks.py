@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compare, cost, data, methods, training
+from benchmarks import compare, cost, data, loops, methods, training
 from benchmarks.__main__ import main
 from benchmarks.models import Mlp, Task, classification_loss
 
@@ -218,6 +218,7 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     task = Task(Mlp(hidden=(64, 64)), classification_loss, has_accuracy=True)
     monkeypatch.setitem(cost.WORKLOADS, "mlp", cost.Workload(task, batch_size=32))
     monkeypatch.setattr(cost, "NUM_IMAGES", 500)
+    monkeypatch.setattr(loops, "NUM_COMPILES", 1)
     assert main(["cost", "--model", "mlp", "--rounds", "2", "--output", str(tmp_path)]) == 0
     assert "EDF-G k=1" in capsys.readouterr().out
     figures = json.loads((tmp_path / "cost.json").read_text())["cost"]["mlp"]
@@ -239,6 +240,7 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     memory = planes["temporary_bytes"]
     assert planes["forward_temporary_bytes"] > 4 * 64 * 500  # a layer's activations
     one_point = planes["forward_temporary_bytes"] + 4 * 60_000  # the parameters there
-    assert memory["5x5"] == pytest.approx(memory["9x9"], rel=0.01) < 1.1 * one_point
+    assert memory["9x9"] == pytest.approx(memory["5x5"], rel=0.01)
+    assert memory["9x9"] < 1.1 * one_point
     assert planes["throughput_ratio_quartiles"] == sorted(planes["throughput_ratio_quartiles"])
     assert "500 images" in (tmp_path / "planes-mlp.txt").read_text()

@@ -118,7 +118,8 @@ def test_layers_of_the_networks_are_found(size, name):
     assert len(found.found) == (8 if name == "alexnet" else 7 if size == "small" else 13)
 
 
-def test_command_writes_tables_figures_and_pictures(tmp_path):
+def test_command_writes_tables_figures_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setitem(two_stages.NETWORKS["small"], "alexnet", Mlp(hidden=(16,)))
     folder = tmp_path / "data"
     folder.mkdir()
     for prefix, batch in (("train", images(1000)), ("t10k", images(100, 1))):
