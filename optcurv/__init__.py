@@ -1,5 +1,6 @@
 """Curvature-aware optimisers as optax transformations."""
 
+from optcurv.accumulation import accumulate
 from optcurv.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product
 from optcurv.devices import state_shardings
@@ -53,6 +54,7 @@ __all__ = [
     "SwitchRule",
     "Tableau",
     "absolute_line",
+    "accumulate",
     "adagrad_shape",
     "adam_rk2",
     "adaptive_cubic",

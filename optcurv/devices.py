@@ -72,7 +72,7 @@ def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> 
     def place(path: tuple[Any, ...], part: PyTree) -> PyTree:
         if _layout(part) == layout:
             return shardings
-        shape, sharding = by_path.get(getattr(path[-1], "key", None), (None, None))
+        shape, sharding = by_path.get(getattr(path[-1], "key", ""), (None, everywhere))
         return sharding if shape == part.shape else everywhere
 
     state = jax.eval_shape(optimizer.init, params)

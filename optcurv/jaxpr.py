@@ -131,6 +131,19 @@ def _canonical_convolution(
     return jnp.moveaxis(out, canonical.out_spec, out_spec)
 
 
+def micro_batch(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the body of a `scan` whose iterations see other examples each, as against steps of a sequence."""
+
+    def optcurv_micro_batch(*arguments: Any) -> Any:
+        return fn(*arguments)
+
+    return jax.jit(optcurv_micro_batch)
+
+
+def _is_micro_batch(body: Any) -> bool:
+    return any(eqn.params.get("name") == "optcurv_micro_batch" for eqn in getattr(body, "jaxpr", body).eqns)
+
+
 class View(NamedTuple):
     """A parameter with its entries rearranged.
 
@@ -170,6 +183,7 @@ class Product:
       out: shape and dtype of the result.
       bias: the parameters added to the result, if any, as `views`.
       lengths: of every `scan` around, outermost first.
+      micro_batches: for each of those scans, whether its iterations see other examples each.
       mesh_axes: of a `shard_map` around, those along which the result differs.
     """
 
@@ -182,6 +196,7 @@ class Product:
     out: jax.ShapeDtypeStruct
     bias: tuple[View, ...] = ()
     lengths: tuple[int, ...] = ()
+    micro_batches: tuple[bool, ...] = ()
     mesh_axes: tuple[str, ...] = ()
 
     @property
@@ -354,7 +369,8 @@ class _Recorder:
             self.lost.setdefault(leaf, set()).update(names)
         for product in inner.products:
             lengths = (eqn.params["length"], *product.lengths)
-            self.products.append(dataclasses.replace(product, lengths=lengths))
+            micro_batches = (_is_micro_batch(eqn.params["jaxpr"]), *product.micro_batches)
+            self.products.append(dataclasses.replace(product, lengths=lengths, micro_batches=micro_batches))
         return [*carry, *stacked]
 
 
@@ -405,6 +421,7 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     shape = _shape(eqn.invars[0 if comes_first else 1])
     views = first or second
     axis = next((mark.axis for mark in marks if isinstance(mark, _Joined)), None)
+    out: Any = eqn.outvars[0].aval
     product = Product(
         primitive=eqn.primitive.name,
         params=dict(eqn.params),
@@ -412,8 +429,8 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
         axis=axis,
         shape=shape,
         comes_first=comes_first,
-        out=jax.ShapeDtypeStruct(_shape(eqn.outvars[0]), jnp.result_type(eqn.outvars[0].aval)),
-        mesh_axes=tuple(eqn.outvars[0].aval.manual_axis_type.varying),
+        out=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        mesh_axes=tuple(out.manual_axis_type.varying),
     )
     whole = math.prod(shape) == sum(view.size for view in views)
     if product.is_convolution:

@@ -288,17 +288,19 @@ class _Use:
         return inputs, outputs[..., mine]
 
     def _unscanned(self, arrange: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-        """Slices of a kernel make a stack; iterations that share one are positions."""
+        """Slices of a kernel make a stack; iterations that share one are positions, or micro-batches of examples."""
         for _ in self.view.sliced:
             arrange = jax.vmap(arrange)
         array = arrange(array)
         depth = len(self.view.sliced)
         stack = [axis for axis in range(depth) if self.view.sliced[axis]]
-        shared = [axis for axis in range(depth) if not self.view.sliced[axis]]
+        batches = [axis for axis in range(depth) if self.product.micro_batches[axis]]
+        shared = [axis for axis in range(depth) if axis not in {*stack, *batches}]
         examples = [depth + 1] if array.ndim > depth + 2 else []
         rest = range(depth + 1 + len(examples), array.ndim)
-        array = jnp.transpose(array, (*stack, depth, *examples, *shared, *rest))
-        return array.reshape(-1, *array.shape[len(stack) + 1 :])
+        array = jnp.transpose(array, (*stack, depth, *batches, *examples, *shared, *rest))
+        array = array.reshape(-1, *array.shape[len(stack) + 1 :])
+        return array.reshape(len(array), -1, *array.shape[1 + len(batches) + len(examples) :]) if batches else array
 
 
 def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, list[_Use]]]:

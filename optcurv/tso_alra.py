@@ -208,7 +208,8 @@ def scale_by_kronecker(
         if labels is None:
             found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
         elif isinstance(value_fn, Composite):
-            sample = lambda outputs: labels(own_key(key, outputs), outputs)  # noqa: E731
+            sampler = labels
+            sample = lambda outputs: sampler(own_key(key, outputs), outputs)  # noqa: E731
             found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")

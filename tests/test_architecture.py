@@ -13,7 +13,7 @@ FLOORS = [
     {"arguments", "jaxpr"},
     {"devices"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
-    {"krylov", "kronecker", "shapes"},
+    {"accumulation", "krylov", "kronecker", "shapes"},
     {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "masking", "diagnostics"}
     | {"comparisons", "hessian_mass", "spectra", "surface"},
     {"__init__"},

@@ -1,0 +1,89 @@
+"""A loss over more examples than fit into memory at once."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optcurv.arguments import PyTree, ValueFn
+from optcurv.curvature import Composite
+from optcurv.jaxpr import micro_batch
+
+
+def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> ValueFn:
+    r"""Returns the mean loss over micro-batches as one closure, with the memory of a single one.
+
+    .. math:: L(w) = \frac1m \sum_{i=1}^m L_i(w)
+
+    Its value, gradient and curvature products are those of the whole batch, to rounding, so that a step is the one that
+    a large enough machine would take. Micro-batches are evaluated one after the other, and again where a gradient or a
+    product needs what the forward pass left, so products cost up to a half more.
+
+    The Kronecker factors of `optcurv.scale_by_kronecker` are taken of all micro-batches together; with
+    `curvature_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.
+
+    Args:
+      loss_of_batch: maps a micro-batch to its loss closure, or `Composite`, a mean over its examples.
+      batches: a pytree of arrays of shape (m, size, ...), such as a batch reshaped.
+
+    Returns:
+      The closure; a `Composite`, with all outputs, if `loss_of_batch` returns one. Auxiliary outputs have a new first
+      axis, one entry for each micro-batch.
+
+    Raises:
+      ValueError: if the arrays differ in their first axis, or have none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optcurv
+      >>> x = jnp.arange(12.0).reshape(6, 2)
+      >>> loss_of_batch = lambda x: lambda w: jnp.mean((x @ w) ** 2)
+      >>> loss = optcurv.accumulate(loss_of_batch, x.reshape(3, 2, 2))
+      >>> w = jnp.array([1.0, -1.0])
+      >>> print(loss(w), jax.grad(loss)(w).round(2), jax.grad(loss_of_batch(x))(w).round(2))
+      1.0 [-10. -12.] [-10. -12.]
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+    if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
+        raise ValueError(
+            f"The arrays of batches must agree in their first axis, one entry a micro-batch; got {shapes}."
+        )
+
+    def over_batches(fn: Callable[..., PyTree], *rest: PyTree) -> PyTree:
+        """Stacks the results; a pass back evaluates again what it needs."""
+        return jax.lax.map(lambda arguments: micro_batch(jax.checkpoint(fn))(*arguments), (batches, *rest))
+
+    def value_fn(params: PyTree) -> Any:
+        values = over_batches(lambda batch: loss_of_batch(batch)(params))
+        return (jnp.mean(values[0]), values[1]) if isinstance(values, tuple) else jnp.mean(values)
+
+    kind = loss_of_batch(jax.tree.map(lambda leaf: leaf[0], batches))
+    if not isinstance(kind, Composite):
+        return value_fn
+
+    def composite_of(batch: PyTree) -> Composite:
+        loss = loss_of_batch(batch)
+        assert isinstance(loss, Composite)
+        return loss
+
+    return _Accumulated(
+        model_fn=lambda params: over_batches(lambda batch: composite_of(batch).model_fn(params)),
+        loss_fn=lambda outputs: jnp.mean(over_batches(lambda batch, one: composite_of(batch).loss_fn(one), outputs)),
+        has_aux=kind.has_aux,
+        value_fn=value_fn,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Accumulated(Composite):
+    """Its value takes one pass: by way of all outputs, derivatives would keep more than those of a micro-batch."""
+
+    value_fn: ValueFn = dataclasses.field(kw_only=True)
+
+    def __call__(self, params: PyTree, **ignored: Any) -> Any:
+        del ignored  # what optax's line searches hand on
+        return self.value_fn(params)
+
+
+jax.tree_util.register_dataclass(_Accumulated, data_fields=["model_fn", "loss_fn", "value_fn"], meta_fields=["has_aux"])
