@@ -244,7 +244,7 @@ def _bounded(figure: Figure, highest: float | None = None) -> Figure:
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for panel in panels for line in panel.lines])
     finite = values[np.isfinite(values)]
     if finite.size:
-        top = highest or 1.05 * np.percentile(finite, 97)
+        top = highest or 1.05 * np.percentile(finite, 99.5)
         for panel in panels:
             panel.set_ylim(min(0.0, finite.min()), min(top, 1.05 * finite.max()))
     return figure
