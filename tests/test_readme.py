@@ -11,6 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import optcurv
+from tests import problems
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -53,6 +54,17 @@ def test_nnx_form_learns():
     x, y = jax.random.normal(jax.random.key(0), (32, 4)), jnp.arange(32) % 3
     values = [float(nnx_train_step(model, optimizer, x, y)) for _ in range(15)]
     assert values[-1] < 0.9 * values[0]
+
+
+def test_sharded_form_learns():
+    sharded = run(*BLOCKS)["sharded"]
+    params, batch = problems.network_params(), problems.blobs()
+    params, state, step = sharded(optcurv.pal(), params, problems.network_loss)
+    assert not params["a_kernel"].sharding.is_fully_replicated
+    start = problems.network_loss(batch)(params)
+    for _ in range(10):
+        params, state = step(params, state, batch)
+    assert problems.network_loss(batch)(params) < 0.5 * start
 
 
 def test_commands_are_one_line_each():
