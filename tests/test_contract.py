@@ -273,7 +273,7 @@ def mean_over_mesh(loss):
 @every_case
 def test_shard_map_takes_the_same_path(case):
     """All decisions are taken on what all devices found: replicated outputs must be, or JAX raises."""
-    mesh = jax.make_mesh((4,), ("data",))
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
     step = make_step(case.make(), lambda batch: mean_over_mesh(problems.regression_loss(batch)))
     step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(jax.P(), jax.P(), jax.P("data")), out_specs=jax.P()))
     params = problems.regression_params()
