@@ -38,9 +38,11 @@ def device_name() -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; numbers that are not finite become null."""
+    """Writes JSON; numbers that are not finite become null. A file is there as a whole, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)
 
 
 def print_table(table: Table) -> None:
