@@ -69,7 +69,7 @@ def draw_plane(
     solid.plot_surface(*np.meshgrid(x, y, indexing="ij"), heights, cmap=_MAP, linewidth=0.2, edgecolor="0.3")
     solid.set(xlabel=x_label, ylabel=y_label, zlabel=value_label)
     solid.locator_params(nbins=5)
-    solid.set_box_aspect(None, zoom=0.85)  # room for the label of the heights
+    solid.set_box_aspect(None, zoom=0.85)  # pyright: ignore[reportArgumentType]: room for the label of the heights
     figure.suptitle(title)
     if paths:
         figure.legend(loc="outside lower center", ncols=4, handlelength=4)

@@ -313,10 +313,11 @@ def test_a_quick_run_writes_what_it_says(tmp_path, single_settings, capsys):
     assert "rotated by 45°" in printed
     assert "TR RMSProp" in printed
     stems = ["claims-1", "claims-2", "claims-3", "figure-1", "figure-2", "figure-3-mlp"]
-    pictures = {"figure-1.png", "figure-2.png", "figure-3.png", "figure-3-mlp.png"}
+    figures = ("figure-1", "figure-2", "figure-3", "figure-3-mlp")
+    pictures = {f"{stem}.{kind}" for stem in figures for kind in ("png", "svg")}
     expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("txt", "json")} | pictures
     assert {path.name for path in tmp_path.iterdir()} == expected
-    assert all((tmp_path / picture).read_bytes().startswith(PNG) for picture in pictures)
+    assert all((tmp_path / f"{stem}.png").read_bytes().startswith(PNG) for stem in figures)
 
     content = {stem: json.loads((tmp_path / f"{stem}.json").read_text()) for stem in stems}
     assert all(one["environment"]["jax"] == jax.__version__ for one in content.values())
