@@ -152,6 +152,18 @@ def _step_and_case(
     return jnp.minimum(step, max_step), jnp.where(downhill, jnp.where(convex, 1, 2), 3)
 
 
+def _momentum(decay: float) -> optax.GradientTransformation:
+    """`optax.trace`, but for the memory of a spike."""
+    trace = optax.trace(decay)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        largest, remembered = (optax.tree.norm(tree, ord="inf") for tree in (updates, state.trace))
+        kept = optax.tree.where(remembered > 1000 * largest, optax.tree.zeros_like(state.trace), state.trace)
+        return trace.update(updates, state._replace(trace=kept), params)
+
+    return optax.GradientTransformation(trace.init, update)
+
+
 def pal(
     measuring_step: optax.ScalarOrSchedule = 0.1,
     *,
@@ -166,7 +178,8 @@ def pal(
 
     Moves along :math:`-g_t`, :math:`g_t = \alpha g_{t-1} + \nabla L`, to the minimum of a parabola; see
     `optcurv.scale_by_parabolic_linesearch` for the step and for the extra arguments of the update. μ and the longest
-    step decay smoothly, as :math:`d^{t / \text{decay\_steps}}`. A gradient that is not finite enters no average.
+    step decay smoothly, as :math:`d^{t / \text{decay\_steps}}`. A gradient that is not finite enters no average, and a
+    momentum a thousand times the gradient, as after a spike of the loss, is forgotten.
 
     With momentum, the published slope :math:`-\|g_t\|` is biased; the exact one is the default here.
 
@@ -209,7 +222,7 @@ def pal(
         return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)
 
     # The momentum must not keep a gradient that was not finite; no number of those in a row lets one pass.
-    guarded_momentum = optax.apply_if_finite(optax.trace(momentum), max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+    guarded_momentum = optax.apply_if_finite(_momentum(momentum), max_consecutive_errors=jnp.iinfo(jnp.int32).max)
     search = scale_by_parabolic_linesearch(
         decayed(measuring_step), curvature_factor=curvature_factor, max_step=decayed(max_step), exact_slope=exact_slope
     )

@@ -308,8 +308,10 @@ def _regularized_newton(
         usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE)
 
         step = optax.tree.cast_like(found.step, updates)
-        trial_value = jnp.asarray(loss(optax.apply_updates(params, step)), value.dtype)
-        ratio = decrease_ratio(value, trial_value, found.predicted_decrease)
+        trial_value = loss(optax.apply_updates(params, step))
+        noise = 10 * _rounding(gradient, params) + _rounding(jnp.ones_like(value), trial_value)
+        trial_value = jnp.asarray(trial_value, value.dtype)
+        ratio = decrease_ratio(value, trial_value, found.predicted_decrease, noise)
         ratio = jnp.where(usable & (found.stop >= Stop.CONVERGED), ratio, -jnp.inf)
         accepted = ratio >= scheduled(accept_ratio, state.count)
         size = resize(state.size, ratio, accepted, state.count).astype(state.size.dtype)
@@ -331,6 +333,16 @@ def _regularized_newton(
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rounding(slopes: PyTree, numbers: PyTree) -> jax.Array | float:
+    """How far rounding numbers to their dtypes may move what has these slopes in them; 0 if those are no narrower."""
+
+    def moved(slope: jax.Array, number: jax.Array) -> jax.Array | float:
+        precision = jnp.finfo(jnp.result_type(number)).eps
+        return precision * slope * number if precision > jnp.finfo(slope.dtype).eps else 0.0
+
+    return optax.tree.norm(jax.tree.map(moved, slopes, numbers))
 
 
 def _raise_if_indefinite(stop: jax.Array) -> None:

@@ -41,6 +41,8 @@ from optcurv.switching import SwitchRule, switch
 from optcurv.taps import Layers, count_examples, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
+_OUTLIER = 1e4
+
 
 class KroneckerInfo(NamedTuple):
     """What one step did; scalars for the log.
@@ -51,6 +53,7 @@ class KroneckerInfo(NamedTuple):
       age: steps since the stalest powers were taken.
       norm_ratio: the norm of the outgoing updates over that of the incoming ones.
       finite: whether the updates were finite and there are statistics; the outgoing ones are zero otherwise.
+      refused: whether the last batch measured was kept out of the averages.
     """
 
     largest_eigenvalue: jax.Array
@@ -58,6 +61,7 @@ class KroneckerInfo(NamedTuple):
     age: jax.Array
     norm_ratio: jax.Array
     finite: jax.Array
+    refused: jax.Array
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -115,8 +119,9 @@ def scale_by_kronecker(
     of their average squared gradient, per example like the factors: RMSProp without momentum.
 
     The update takes the extra arguments `value_fn` (required, a mean over examples) and `curvature_fn` (the loss on a
-    smaller batch, for the factors only). Updates that are not finite become zero, and statistics that are not finite
-    are not averaged in.
+    smaller batch, for the factors only). Updates that are not finite become zero. Statistics that are not finite are
+    not averaged in, nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in
+    a row: a single spike of the loss would fade but slowly.
 
     Args:
       power: p < 0.
@@ -192,7 +197,8 @@ def scale_by_kronecker(
         }
         biases = set() if layers is None else {layer.bias for layer in layers.found if layer.path in factors}
         alone = [path for i, path in enumerate(leaves) if path not in factors and i not in biases]
-        zero = functools.partial(jnp.zeros, (), jnp.float32)  # arrays of their own, so that all can be donated
+        # Arrays of their own, so that all can be donated.
+        zero, false = functools.partial(jnp.zeros, (), jnp.float32), functools.partial(jnp.zeros, (), bool)
         return ScaleByKroneckerState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(jax.random.key(seed)),
@@ -200,7 +206,7 @@ def scale_by_kronecker(
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
-            info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), jnp.ones((), bool)),
+            info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), ~false(), false()),
         )
 
     def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
@@ -222,17 +228,18 @@ def scale_by_kronecker(
 
     def average(
         value_fn: ValueFn, num_examples: int, state: ScaleByKroneckerState, params: PyTree, gradients: dict
-    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array]:
-        """Averages a batch into factors and squares; returns them with their weight."""
+    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array]:
+        """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         factors = measure(value_fn, key, params) if state.factors else {}
         squares = {path: num_examples * gradients[path] ** 2 for path in state.squares}
         now, before = (factors, squares), (state.factors, state.squares)
         mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
-        usable = jnp.isfinite(optax.tree.sum(mixed))
+        outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
+        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~outlier
         factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
-        return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
+        return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight), ~usable
 
     def precondition(
         found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
@@ -269,10 +276,10 @@ def scale_by_kronecker(
 
         num_examples = count_examples(value_fn, params, batch_size)
         average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
-        factors, squares, weight = jax.lax.cond(
+        factors, squares, weight, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (state.factors, state.squares, state.weight),
+            lambda _: (state.factors, state.squares, state.weight, state.info.refused),
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
@@ -305,6 +312,7 @@ def scale_by_kronecker(
             age=jnp.max(powers.ages),
             norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
             finite=finite,
+            refused=refused,
         )
         new_state = ScaleByKroneckerState(
             optax.safe_increment(state.count), state.key, weight, factors, squares, powers, info
@@ -327,6 +335,15 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:
     return {layer.path: (layer.stack, layer.in_size, layer.out_size) for layer in layers.found}
+
+
+def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
+    """Whether a statistic of a batch is far beyond its average; its largest entry is a matrix's largest variance."""
+
+    def beyond(now: jax.Array, before: jax.Array) -> jax.Array:
+        return (jnp.max(before) > 0) & (weight * jnp.max(now) > _OUTLIER * jnp.max(before))
+
+    return functools.reduce(jnp.logical_or, map(beyond, jax.tree.leaves(now), jax.tree.leaves(before)))
 
 
 def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:

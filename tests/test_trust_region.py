@@ -251,3 +251,23 @@ def test_bad_options_of_the_cubic(options, error, message):
 def test_full_matrix_shape_refuses_a_network_too_large():
     with pytest.raises(ValueError, match="2500×2500"):
         optcurv.trust_region(shape=optcurv.full_matrix_shape()).init(jnp.zeros((50, 50)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: optcurv.trust_region(initial_radius=1e-4, growth=1.3), lambda: optcurv.adaptive_cubic(initial_weight=1e6)],
+)
+def test_a_region_below_the_parameters_resolution_grows_out_of_it(make):
+    """Steps that rounding to bfloat16 swallows neither lower the loss nor count against the model."""
+    params = problems.network_params(dtype=jnp.bfloat16)
+    optimizer, loss = make(), problems.network_loss(problems.blobs())
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    start, state = loss(params), optimizer.init(params)
+    for _ in range(100):
+        params, state = step(params, state)
+    assert loss(params) < 0.5 * start
