@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from benchmarks import data
+from benchmarks.kept import Kept
 from benchmarks.methods import FULL_BATCH_METHODS, METHODS, Method
 from benchmarks.models import make_task
 from benchmarks.plots import plot_curves
@@ -52,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_positive, help="epochs' worth of gradients for each run")
     parser.add_argument("--batch-size", type=_count)
     parser.add_argument("--seeds", type=_count, help="fresh seeds for the tuned methods (default: 3)")
-    parser.add_argument("--output", type=Path, help="folder (default: results/<dataset>-<model>)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder; measurements found in its runs/ are kept (default: results/<dataset>-<model>)",
+    )
     parser.add_argument("--quick", action="store_true", help="one seed and a fiftieth of the budget: does it run?")
 
 
@@ -109,13 +115,13 @@ def main(args: argparse.Namespace) -> int:
     problem = make_problem(args)
     num_seeds = args.seeds or (1 if args.quick else 3)
     folder = args.output or Path("results") / f"{args.dataset}-{args.model}"
-    results: list[Result] = []
+    kept, results = Kept(folder), []
     interrupted = False
     try:
-        compare(problem, FULL_BATCH_METHODS if problem.full_batch else METHODS, num_seeds, results)
+        compare(problem, FULL_BATCH_METHODS if problem.full_batch else METHODS, num_seeds, kept, results)
     except KeyboardInterrupt:
         interrupted = True
-        Console(stderr=True).print("Interrupted; writing what is complete.")
+        Console(stderr=True).print("Interrupted; writing what is complete. The next start goes on.")
     title = f"{args.dataset}, {args.model}, batch {problem.batch_size}"
     measured = [result for result in results if result.tuning]
     options = {"dataset": args.dataset, "model": args.model, "batch_size": problem.batch_size, "seeds": num_seeds}
@@ -142,30 +148,37 @@ def make_problem(args: argparse.Namespace) -> Problem:
     return Problem(make_task(args.model, image_size), dataset, batch_size, epochs * (num_images // batch_size))
 
 
-def compare(problem: Problem, methods: Sequence[Method], num_seeds: int, results: list[Result]) -> None:
-    """Tunes and runs one method after the other; appends to `results` as it goes, so that an interrupt loses little."""
+def compare(problem: Problem, methods: Sequence[Method], num_seeds: int, kept: Kept, results: list[Result]) -> None:
+    """Tunes and runs one method after the other; appends to `results` as it goes, for an interrupt to find them."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress:
         num_runs = sum(len(method.grid) + num_seeds for method in methods)
         bar = progress.add_task("", total=num_runs * problem.budget)
+        counts = itertools.count(1)
+
+        def run(trainer: Trainer, setting: float, seed: int, num_evaluations: int) -> Run:
+            label = f"{trainer.method.name}, {trainer.method.tuned} {setting:g}, seed {seed}"
+            progress.update(bar, description=label)
+
+            def report(gradients: float, loss: float) -> None:
+                progress.update(bar, advance=gradients, description=f"{label}: loss {loss:.4f}")
+
+            def measure() -> dict[str, Any]:
+                return dataclasses.asdict(trainer.run(setting, seed, num_evaluations, report))
+
+            key = problem.key(trainer.method, setting=setting, seed=seed, num_evaluations=num_evaluations)
+            record = kept.get("comparison", key, measure)
+            progress.update(bar, completed=next(counts) * problem.budget)
+            return Run(**record)
+
         for method in methods:
             result = Result(method)
             results.append(result)
             trainer = Trainer(problem, method)
-
-            def run(setting: float, seed: int, num_evaluations: int, trainer: Trainer = trainer) -> Run:
-                label = f"{trainer.method.name}, {trainer.method.tuned} {setting:g}, seed {seed}"
-                progress.update(bar, description=label)
-
-                def report(gradients: float, loss: float) -> None:
-                    progress.update(bar, advance=gradients, description=f"{label}: loss {loss:.4f}")
-
-                return trainer.run(setting, seed, num_evaluations, report)
-
             for setting in method.grid:
-                result.tuning.append(run(setting, TUNING_SEED, num_evaluations=1))
+                result.tuning.append(run(trainer, setting, TUNING_SEED, num_evaluations=1))
             for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + num_seeds):
-                result.final.append(run(result.best.setting, seed, num_evaluations=4))
+                result.final.append(run(trainer, result.best.setting, seed, num_evaluations=4))
         progress.update(bar, description="done", completed=num_runs * problem.budget)
 
 

@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 import optcurv
+from benchmarks.kept import Kept
 from benchmarks.loops import count_flops, loops_table, measure_loops, product_flops
 from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
 from benchmarks.models import Batch, Cnn, Mlp, Task, classification_loss
@@ -29,6 +30,11 @@ class Workload:
 
     task: Task
     batch_size: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What tells the workload from others."""
+        return self.task.description | {"batch_size": self.batch_size}
 
 
 WORKLOADS = {
@@ -69,14 +75,23 @@ LOOPED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("--model", choices=[*WORKLOADS, "all"], default="all", help="default: all")
-    parser.add_argument("--output", type=Path, default=Path("results/cost"), help="folder (default: results/cost)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/cost"),
+        help="folder; models whose costs are found in its runs/ are not timed again (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="rounds in which each method runs in turn (default: 20)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints and writes `cost.json` and `cost.txt`."""
     names = list(WORKLOADS) if args.model == "all" else [args.model]
-    measured = {name: measure(name, WORKLOADS[name], args.rounds) for name in names}
+    kept, measured = Kept(args.output), {}
+    for name in names:
+        workload = WORKLOADS[name]
+        key = workload.description | {"rounds": args.rounds}
+        measured[name] = kept.get(f"cost-{name}", key, functools.partial(measure, name, workload, args.rounds))
     surroundings = environment()
     write_json(args.output / "cost.json", {"environment": surroundings, "cost": measured})
     for name, figures in measured.items():

@@ -1,5 +1,6 @@
 """Figure 2: how much of a network's Hessian lies on its diagonal, beside what chance gives."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rich.table import Table
 import optcurv
 from benchmarks.claims import Claim, Interval, Verdict, mean_interval, plus_minus
 from benchmarks.data import Dataset
+from benchmarks.kept import Kept
 from benchmarks.methods import Method
 from benchmarks.models import Autoencoder, Batch, Cnn, Mlp, Task, classification_loss, reconstruction_loss
 from benchmarks.progress import progress_of
@@ -94,7 +96,9 @@ def train(problem: Problem, step: CompiledStep, seed: int) -> Checkpoints:
     return Checkpoints(history[0], history[len(history) // 2], history[-1], progress, done)
 
 
-def measure(dataset: Dataset, task: Task, num_runs: int, max_steps: int, report: Callable[[], None]) -> Measured:
+def measure(
+    dataset: Dataset, task: Task, num_runs: int, max_steps: int, kept: Kept, report: Callable[[], None]
+) -> Measured:
     """Measures a network at every stage of so many runs; calls `report()` after each."""
     problem = Problem(task, dataset, _BATCH_SIZE, max_steps)
     step = compile_step(task, _RMSPROP)
@@ -103,17 +107,21 @@ def measure(dataset: Dataset, task: Task, num_runs: int, max_steps: int, report:
     def mass(params: optax.Params, batch: Batch) -> jax.Array:
         return optcurv.diagonal_mass(optcurv.hessian_product(task.loss(batch), params), params).mass
 
-    runs, masses = [], []
-    for seed in range(num_runs):
+    def one_run(seed: int) -> dict[str, Any]:
         run = train(problem, step, seed)
         real, noise = hessian_batches(dataset.train, seed)
         points = ((run.initial, noise), (run.initial, real), (run.midway, real), (run.trained, real))
-        masses.append([float(mass(params, batch)) for params, batch in points])
-        runs.append(run)
+        masses = [float(mass(params, batch)) for params, batch in points]
+        dimension = sum(leaf.size for leaf in jax.tree.leaves(run.initial))
+        return {"dimension": dimension, "masses": masses, "progress": run.progress, "steps": run.steps}
+
+    runs = []
+    for seed in range(num_runs):
+        runs.append(kept.get("diagonal-mass", problem.key(_RMSPROP, seed=seed), functools.partial(one_run, seed)))
         report()
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(runs[0].initial))
-    by_stage = {stage: [row[i] for row in masses] for i, stage in enumerate(STAGES)}
-    return Measured(dimension, by_stage, [run.progress for run in runs], [run.steps for run in runs])
+    by_stage = {stage: [run["masses"][i] for run in runs] for i, stage in enumerate(STAGES)}
+    progress, steps = ([run[name] for run in runs] for name in ("progress", "steps"))
+    return Measured(runs[0]["dimension"], by_stage, progress, steps)
 
 
 def hessian_batches(train: Batch, seed: int) -> tuple[Batch, Batch]:

@@ -101,6 +101,11 @@ class Task:
     loss_fn: Callable[[jax.Array, Batch], jax.Array]
     has_accuracy: bool
 
+    @property
+    def description(self) -> dict[str, str]:
+        """What tells the task from others."""
+        return {"network": repr(self.network), "loss": self.loss_fn.__name__}
+
     def init(self, key: jax.Array, batch: Batch) -> optax.Params:
         """Returns fresh parameters."""
         return self.network.init(key, batch.images[:1])["params"]

@@ -1,6 +1,7 @@
 """Steps and losses beside those of kfac-jax, which runs in an environment of its own."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ import optax
 from rich.table import Table
 
 import optcurv
-from benchmarks.data import Dataset
+from benchmarks.data import Dataset, digest
+from benchmarks.kept import Kept
 from benchmarks.models import Autoencoder, Batch, Cnn, Task, classification_loss
 from benchmarks.sides import Side, State
 
@@ -27,7 +29,9 @@ POWERS = (-1.0, -0.5)
 SCHEDULE = {"factor_every": 10, "root_every": 100}
 """For both; the defaults of `optcurv.scale_by_kronecker`."""
 
+_NUM_IMAGES = 5_000
 _ROUNDS, _STEPS = 20, 10  # two cycles of refreshes
+_TIMED = {"learning rate": 1e-3, "damping": 1e-1}  # the setting of timed steps
 
 Call = Callable[..., Any]
 """Calls a method of a side, by its name, with arguments."""
@@ -139,14 +143,11 @@ def kfac_side(python: Path, arguments: Mapping[str, Any]) -> Iterator[Call]:
             process.kill()
 
 
-def measure_costs(sides: Mapping[str, Call], setting: dict[str, float]) -> dict[str, float]:
+def measure_costs(sides: Mapping[str, Call]) -> dict[str, float]:
     """Returns each side's average step as a multiple of its own gradient step, all four in turn."""
-    for call in sides.values():  # compile, and let the early refreshes pass
-        call("gradient_seconds", _STEPS)
-        call("step_seconds", SCHEDULE["root_every"], setting)
     seconds = np.array(
         [
-            [(call("gradient_seconds", _STEPS), call("step_seconds", _STEPS, setting)) for call in sides.values()]
+            [(call("gradient_seconds", _STEPS), call("step_seconds", _STEPS, _TIMED)) for call in sides.values()]
             for _ in range(_ROUNDS)
         ]
     ).sum(axis=0)
@@ -163,27 +164,55 @@ def tune(call: Call, grid: Mapping[str, tuple[float, ...]], seconds: float, repo
     return min(results, key=lambda result: np.nan_to_num(result["loss"], nan=math.inf))
 
 
-def compare(
-    dataset: Dataset, python: Path, name: str, power: float, seconds: float, report: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Measures both sides on one network: costs of steps, and the loss after equal seconds at the best setting."""
-    num_images, rng = 5_000, np.random.default_rng(0)
-    order = rng.integers(0, num_images, (500, NETWORKS[name].batch_size)).astype(np.int32)
+@contextlib.contextmanager
+def both_sides(python: Path, arguments: Mapping[str, Any], images: Batch, batch_size: int) -> Iterator[dict[str, Call]]:
+    """Starts both sides, and takes steps until all is compiled and the early refreshes have passed."""
+    order = np.random.default_rng(0).integers(0, len(images.labels), (500, batch_size)).astype(np.int32)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/data.npz"
-        np.savez(path, images=dataset.train.images[:num_images], labels=dataset.train.labels[:num_images], order=order)
-        arguments: dict[str, Any] = {"network": name, "power": power, "data": path} | SCHEDULE
-        ours = OptcurvSide(**arguments)
-        with kfac_side(python, arguments) as theirs:
+        np.savez(path, images=images.images, labels=images.labels, order=order)
+        ours = OptcurvSide(**arguments, data=path)
+        with kfac_side(python, {**arguments, "data": path}) as theirs:
             sides: dict[str, Call] = {
                 "optcurv": lambda method, *arguments: getattr(ours, method)(*arguments),
                 "kfac-jax": theirs,
             }
-            costs = measure_costs(sides, {"learning rate": 1e-3, "damping": 1e-1})
-            return {
-                side: {"cost": costs[side]} | tune(call, GRIDS[side][power], seconds, report)
-                for side, call in sides.items()
-            }
+            for call in sides.values():
+                call("gradient_seconds", _STEPS)
+                call("step_seconds", SCHEDULE["root_every"], _TIMED)
+            yield sides
+
+
+def compare(
+    dataset: Dataset,
+    python: Path,
+    name: str,
+    power: float,
+    seconds: float,
+    kept: Kept,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Measures both sides on one network: costs of steps, and the loss after equal seconds at the best setting."""
+    task, batch_size = NETWORKS[name]
+    images = Batch(*(array[:_NUM_IMAGES] for array in dataset.train))
+    arguments = {"network": name, "power": power} | SCHEDULE
+    key = {"task": task.description, "arguments": arguments, "batch_size": batch_size, "data": digest(images)}
+    key["peer"] = REQUIREMENTS
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def sides() -> dict[str, Call]:  # started only if anything is left to measure
+            return stack.enter_context(both_sides(python, arguments, images, batch_size))
+
+        def train(side: str, method: str, seconds: float, setting: dict[str, float]) -> dict[str, float]:
+            run = {"side": side, "seconds": seconds, "setting": setting}
+            return kept.get("peer-training", key | run, lambda: sides()[side](method, seconds, setting))
+
+        costs = kept.get("peer-cost", key, lambda: measure_costs(sides()))
+        return {
+            side: {"cost": cost} | tune(functools.partial(train, side), GRIDS[side][power], seconds, report)
+            for side, cost in costs.items()
+        }
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]], seconds: float) -> Table:

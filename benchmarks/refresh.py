@@ -1,5 +1,6 @@
 """What a preconditioned step costs, refreshed more or less often, and what the loss after equal steps makes of it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from rich.table import Table
 import optcurv
 from benchmarks.cost import CompiledStep, Workload, random_batch
 from benchmarks.data import Dataset
+from benchmarks.kept import Kept
 from benchmarks.methods import GRADIENT_DESCENT, Method
 from benchmarks.models import Batch
 from benchmarks.training import Problem, Trainer
@@ -82,15 +84,22 @@ def measure_cost(workload: Workload, schedule: Schedule) -> dict[str, float]:
 
 
 def measure_loss(
-    workload: Workload, dataset: Dataset, schedule: Schedule, num_steps: int, report: Callable[[str], None]
+    workload: Workload, dataset: Dataset, schedule: Schedule, num_steps: int, kept: Kept, report: Callable[[str], None]
 ) -> dict[str, float]:
     """Returns the training loss after so many steps at the best rate, and that rate."""
     problem = Problem(workload.task, dataset, workload.batch_size, num_steps)
-    trainer = Trainer(problem, make_method(schedule))
+    method = make_method(schedule)
+    trainer = Trainer(problem, method)
+
+    def final_loss(rate: float) -> float:
+        run = trainer.run(rate, seed=0, num_evaluations=1, report=lambda gradients, loss: None)
+        return run.final("train_loss")
+
     losses = {}
     for rate in _RATES:
-        run = trainer.run(rate, seed=0, num_evaluations=1, report=lambda gradients, loss: None)
-        losses[rate] = np.nan_to_num(run.final("train_loss"), nan=math.inf)
+        key = problem.key(method, schedule=schedule, setting=rate)
+        losses[rate] = kept.get("refresh-loss", key, functools.partial(final_loss, rate))
+        losses[rate] = np.nan_to_num(losses[rate], nan=math.inf)
         report(f"{schedule.name}, learning rate {rate:g}: loss {losses[rate]:.4f}")
     best = min(losses, key=losses.__getitem__)
     return {"train_loss": float(losses[best]), "learning_rate": best}

@@ -45,6 +45,18 @@ def write_json(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
+def with_nan(content: Any) -> Any:
+    """Returns what was read from JSON with NaN in place of null, which stands for numbers that are not finite."""
+    match content:
+        case dict():
+            return {key: with_nan(value) for key, value in content.items()}
+        case list():
+            return [with_nan(value) for value in content]
+        case None:
+            return math.nan
+    return content
+
+
 def print_table(table: Table) -> None:
     """Prints a table; where the output is no terminal, wide enough for it."""
     Console(width=None if sys.stdout.isatty() else _TEXT_WIDTH).print(table)

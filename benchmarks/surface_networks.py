@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import pydoc_data.topics
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ import optax
 from flax import linen as nn
 
 import optcurv
-from benchmarks.data import DataError, Dataset
+from benchmarks.data import DataError, Dataset, digest
 from benchmarks.models import Batch, accuracy, classification_loss
 
 BATCH_SIZE = 64
@@ -180,13 +179,10 @@ class Problem:
     @functools.cached_property
     def description(self) -> dict[str, Any]:
         """What tells the problem from others; a run is kept under it."""
-        digest = hashlib.sha256()
-        for array in (*self.train, *self.test):
-            digest.update(np.asarray(array).tobytes())
         return {
             "name": self.name,
             "network": repr(self.network),
-            "data": digest.hexdigest(),
+            "data": digest(self.train, self.test),
             "num_seen": self.num_seen,
             "batch_size": BATCH_SIZE,
         }

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import optax
 
 import optcurv
 from benchmarks.models import Batch
-from benchmarks.report import write_json
+from benchmarks.report import with_nan, write_json
 from benchmarks.surface_networks import BATCH_SIZE, Initialisation, Problem
 
 
@@ -125,8 +124,7 @@ class Store:
         _, path = self._key(problem, plan)
         if not path.exists():
             return None
-        columns = json.loads(path.read_text())["curve"]
-        curve = {name: [math.nan if value is None else value for value in values] for name, values in columns.items()}
+        curve = with_nan(json.loads(path.read_text())["curve"])
         shapes = jax.eval_shape(lambda: problem.init(plan.seed))
         with np.load(path.with_suffix(".npz")) as arrays:
             leaves = [jnp.asarray(arrays[f"leaf_{i}"]) for i in range(len(arrays.files))]

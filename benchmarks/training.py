@@ -6,13 +6,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.data import Dataset
+from benchmarks.data import Dataset, digest
 from benchmarks.methods import Method
 from benchmarks.models import Batch, Task, accuracy
 
@@ -70,6 +71,16 @@ class Problem:
     def full_batch(self) -> bool:
         """Whether a batch is the whole training set."""
         return self.batch_size == len(self.data.train.labels)
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What tells the problem from others; runs are kept under it."""
+        numbers = {"batch_size": self.batch_size, "budget": self.budget}
+        return self.task.description | {"data": digest(self.data.train, self.data.test)} | numbers
+
+    def key(self, method: Method, **run: Any) -> dict[str, Any]:
+        """Returns what a run of a method is kept under."""
+        return self.description | {"method": method.name, "gradients": method.gradients} | run
 
     def num_steps(self, method: Method) -> int:
         """Returns how many steps of a method the budget buys, at least one."""

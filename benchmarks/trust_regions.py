@@ -1,5 +1,6 @@
 """Figure 3: balls against ellipsoids in the trust region method, and first-order methods."""
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -17,6 +18,7 @@ import optcurv
 from benchmarks.claims import Claim, Verdict, is_less
 from benchmarks.compare import TUNING_SEED, Result
 from benchmarks.data import Dataset
+from benchmarks.kept import Kept
 from benchmarks.methods import Method
 from benchmarks.models import Batch, make_task
 from benchmarks.progress import progress_of
@@ -183,18 +185,29 @@ def make_problem(dataset_name: str, dataset: Dataset, model: str, *, quick: bool
 
 
 def measure(
-    problem: Problem, methods: Sequence[Method], num_seeds: int, num_evaluations: int, report: Callable[[str], None]
+    problem: Problem,
+    methods: Sequence[Method],
+    num_seeds: int,
+    num_evaluations: int,
+    kept: Kept,
+    report: Callable[[str], None],
 ) -> list[Result]:
     """Tunes every method over its grid on one seed, then runs it on fresh ones; calls `report(what)` after each run."""
+
+    def run(trainer: BudgetTrainer, setting: float, seed: int, num_evaluations: int) -> Run:
+        key = problem.key(trainer.method, setting=setting, seed=seed, num_evaluations=num_evaluations)
+        record = kept.get("budget", key, lambda: dataclasses.asdict(trainer.run(setting, seed, num_evaluations)))
+        return Run(**record)
+
     results = []
     for method in methods:
         result = Result(method)
         trainer = BudgetTrainer(problem, method)
         for setting in method.grid:
-            result.tuning.append(trainer.run(setting, TUNING_SEED, num_evaluations=1))
+            result.tuning.append(run(trainer, setting, TUNING_SEED, num_evaluations=1))
             report(f"{method.name}, {method.tuned} {setting:g}")
         for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + num_seeds):
-            result.final.append(trainer.run(result.best.setting, seed, num_evaluations))
+            result.final.append(run(trainer, result.best.setting, seed, num_evaluations))
             report(f"{method.name}, seed {seed}")
         results.append(result)
     return results

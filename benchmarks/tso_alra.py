@@ -1,6 +1,7 @@
 """TSO-ALRA on Fashion-MNIST against SGD, Adam and AMSGrad, and what its steps cost."""
 
 import argparse
+import functools
 from pathlib import Path
 
 from flax import linen as nn
@@ -9,6 +10,7 @@ from rich.console import Console
 from benchmarks import data, peer, refresh, two_stages
 from benchmarks.claims import claims_table
 from benchmarks.cost import WORKLOADS
+from benchmarks.kept import Kept
 from benchmarks.plots import plot_stages
 from benchmarks.report import print_table, progress_bar, write, write_table
 
@@ -43,32 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         default=Path("results/tso-alra"),
-        help="folder; runs found there are kept (default: %(default)s)",
+        help="folder; measurements found there are kept (default: %(default)s)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, judges and writes tables, JSON and pictures."""
     dataset = data.fashion_mnist(args.data_dir)
+    kept = Kept(args.output)
     if args.peer:
-        compare_with_peer(args, dataset)
+        compare_with_peer(args, dataset, kept)
         return 0
     for name, network in two_stages.NETWORKS[args.size].items():
         if args.part in (name, "all"):
-            train_network(args, dataset, name, network)
+            train_network(args, dataset, name, network, kept)
     if args.part in ("cost", "all"):
-        measure_refreshes(args, dataset)
+        measure_refreshes(args, dataset, kept)
     Console().print(f"Written to {args.output}")
     return 0
 
 
-def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, network: nn.Module) -> None:
+def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, network: nn.Module, kept: Kept) -> None:
     """Runs all families on one network."""
     num_images, num_epochs, num_seeds = (640, 2, 1) if args.quick else (args.images, args.epochs, args.seeds)
     problem = two_stages.make_problem(dataset, network, num_images, num_epochs)
     families = two_stages.QUICK if args.quick else two_stages.FAMILIES
     with progress_bar(sum(len(family.settings()) + num_seeds for family in families)) as report:
-        results = two_stages.measure(problem, families, num_seeds, args.output / f"{name}.json", report)
+        results = two_stages.measure(problem, families, num_seeds, args.output / f"{name}.json", kept, report)
     title = f"Fashion-MNIST, {name}, {num_images} images, {num_epochs} epochs"
     claims = two_stages.judge(name, results)
     table = two_stages.results_table(title, results)
@@ -79,28 +82,32 @@ def train_network(args: argparse.Namespace, dataset: data.Dataset, name: str, ne
     plot_stages(args.output / f"{name}.png", title, results)
 
 
-def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset) -> None:
+def measure_refreshes(args: argparse.Namespace, dataset: data.Dataset, kept: Kept) -> None:
     """Costs of steps, and losses after equally many, on the networks of `cost`."""
     num_steps, drift_steps = (10, 40) if args.quick else (refresh.NUM_STEPS, refresh.DRIFT_STEPS)
     for name, workload in WORKLOADS.items():
         schedules, rows = refresh.SCHEDULES[: 1 if args.quick else 3 if name == "cnn" else 4], {}
         with progress_bar(4 * len(schedules)) as report:
             for schedule in schedules:
-                rows[schedule.name] = refresh.measure_cost(workload, schedule)
+                key = workload.description | {"schedule": schedule}
+                measure_cost = functools.partial(refresh.measure_cost, workload, schedule)
+                rows[schedule.name] = kept.get("refresh-cost", key, measure_cost)
                 report(f"{schedule.name}: timed")
-                rows[schedule.name] |= refresh.measure_loss(workload, dataset, schedule, num_steps, report)
-        drift = refresh.measure_drift(workload, dataset, drift_steps)
+                rows[schedule.name] |= refresh.measure_loss(workload, dataset, schedule, num_steps, kept, report)
+        key = workload.description | {"data": data.digest(dataset.train), "steps": drift_steps}
+        measure_drift = functools.partial(refresh.measure_drift, workload, dataset, drift_steps)
+        drift = kept.get("refresh-drift", key, measure_drift)
         title = f"Refreshing factors and roots: {name} of `cost`, batch {workload.batch_size}"
         table = refresh.results_table(title, rows, num_steps, drift, drift_steps)
         write(args.output / f"refresh-{name}", table, {"rows": rows, "drift": drift})
 
 
-def compare_with_peer(args: argparse.Namespace, dataset: data.Dataset) -> None:
+def compare_with_peer(args: argparse.Namespace, dataset: data.Dataset, kept: Kept) -> None:
     """Costs of steps, and losses after equal seconds, beside kfac-jax."""
     python, results = peer.make_environment(args.peer_environment), {}
     cases = [(name, power) for name in peer.NETWORKS for power in peer.POWERS]
     with progress_bar(24 * len(cases)) as report:
         for name, power in cases:
-            results[f"{name}, {power:g}"] = peer.compare(dataset, python, name, power, args.seconds, report)
+            results[f"{name}, {power:g}"] = peer.compare(dataset, python, name, power, args.seconds, kept, report)
     table = peer.results_table(results, args.seconds)
     write(args.output / "peer-kfac-jax", table, {"schedule": peer.SCHEDULE, "results": results})

@@ -20,9 +20,10 @@ from rich.table import Table
 
 import optcurv
 from benchmarks.claims import Claim, Verdict, is_less, mean_interval, plus_minus
-from benchmarks.data import Dataset
+from benchmarks.data import Dataset, digest
+from benchmarks.kept import Kept
 from benchmarks.models import Batch, Task, accuracy, classification_loss
-from benchmarks.report import environment, write_json
+from benchmarks.report import environment, with_nan, write_json
 
 BATCH_SIZE = 128
 TUNING_SEED = 0
@@ -237,6 +238,12 @@ class Problem(NamedTuple):
     num_epochs: int
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What tells the problem from others; runs are kept under it."""
+        images = digest(self.train, self.validation, self.test)
+        return self.task.description | {"data": images, "batch_size": BATCH_SIZE, "epochs": self.num_epochs}
+
+    @property
     def num_steps(self) -> int:
         """All steps of a run."""
         return self.num_epochs * (len(self.train.labels) // BATCH_SIZE)
@@ -330,20 +337,25 @@ class Result(NamedTuple):
 
 
 def measure(
-    problem: Problem, families: Sequence[Family], num_seeds: int, path: Path, report: Callable[[str], None]
+    problem: Problem, families: Sequence[Family], num_seeds: int, path: Path, kept: Kept, report: Callable[[str], None]
 ) -> list[Result]:
-    """Tunes and runs every family, and writes each to a file of JSON; those that are there are not run again."""
+    """Tunes and runs every family, and writes each to a file of JSON; those that are there are not run again.
+
+    Nor are single runs of the others that are kept. Calls `report(what)` for each run, found or made.
+    """
     description = {"images": len(problem.train.labels), "epochs": problem.num_epochs, "seeds": num_seeds}
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = with_nan(json.loads(path.read_text())) if path.exists() else {}
     known = known["families"] if known.get("problem") == description else {}
     results = []
     for family in families:
         grid = {name: list(values) for name, values in family.grid.items()}
         if (record := known.get(family.name)) and record["grid"] == grid:
-            runs = {part: [_read_run(run) for run in record[part]] for part in ("tuning", "final")}
+            runs = {part: [Run(**run) for run in record[part]] for part in ("tuning", "final")}
             results.append(Result(family, **runs))
+            for _ in itertools.chain(*runs.values()):
+                report(f"{family.name}: found")
         else:
-            results.append(_measure_family(problem, family, num_seeds, report))
+            results.append(_measure_family(problem, family, num_seeds, kept, report))
             known[family.name] = {"grid": grid} | {
                 part: [dataclasses.asdict(run) for run in getattr(results[-1], part)] for part in ("tuning", "final")
             }
@@ -352,18 +364,14 @@ def measure(
     return results
 
 
-def _read_run(record: Mapping[str, Any]) -> Run:
-    """Reads what JSON, which knows no NaN, keeps of a run."""
-    columns = record["evaluations"]
-    numbers = {name: [math.nan if x is None else x for x in column] for name, column in columns.items()}
-    return Run(record["setting"], record["seed"], numbers)
-
-
-def _measure_family(problem: Problem, family: Family, num_seeds: int, report: Callable[[str], None]) -> Result:
-    trainer = Trainer(problem, family)
+def _measure_family(
+    problem: Problem, family: Family, num_seeds: int, kept: Kept, report: Callable[[str], None]
+) -> Result:
+    trainer, description = Trainer(problem, family), problem.description
 
     def run(setting: Mapping[str, float], seed: int, with_test: bool) -> Run:
-        result = trainer.run(setting, seed, with_test)
+        key = description | {"family": family.name, "setting": setting, "seed": seed, "with_test": with_test}
+        result = Run(**kept.get("stages", key, lambda: dataclasses.asdict(trainer.run(setting, seed, with_test))))
         report(f"{family.name}: {_described(setting)}, validation loss {result.final('validation_loss'):.3f}")
         return result
 

@@ -15,6 +15,7 @@ from benchmarks import data, hessian_mass, plots, quadratics, training, trust_re
 from benchmarks.__main__ import main
 from benchmarks.claims import Verdict, is_less, mean_interval
 from benchmarks.compare import Result
+from benchmarks.kept import Kept
 from benchmarks.methods import GRADIENT_DESCENT
 from benchmarks.models import Autoencoder, Batch, Mlp, Task, classification_loss, reconstruction_loss
 from benchmarks.progress import progress_of, reconstruction_bounds
@@ -221,10 +222,10 @@ def test_a_budget_counts_the_products_that_steps_took(tiny_problem):
     assert plain["train_loss"][0] == pytest.approx(spent["train_loss"][0], rel=1e-5)  # the same initialisation
 
 
-def test_tuning_picks_the_radius_of_the_least_loss(tiny_problem):
+def test_tuning_picks_the_radius_of_the_least_loss(tiny_problem, tmp_path):
     region = dataclasses.replace(trust_regions.TRUST_REGIONS[2], grid=(1e-6, 0.1, 1e-5))
     words = []
-    (result,) = trust_regions.measure(tiny_problem, [region], 2, num_evaluations=3, report=words.append)
+    (result,) = trust_regions.measure(tiny_problem, [region], 2, 3, Kept(tmp_path), words.append)
     assert [(run.setting, run.seed) for run in result.tuning + result.final] == [
         (1e-6, 0), (0.1, 0), (1e-5, 0), (0.1, 1), (0.1, 2),
     ]  # fmt: skip
@@ -315,7 +316,7 @@ def test_a_quick_run_writes_what_it_says(tmp_path, single_settings, capsys):
     stems = ["claims-1", "claims-2", "claims-3", "figure-1", "figure-2", "figure-3-mlp"]
     figures = ("figure-1", "figure-2", "figure-3", "figure-3-mlp")
     pictures = {f"{stem}.{kind}" for stem in figures for kind in ("png", "svg")}
-    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("txt", "json")} | pictures
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("txt", "json")} | pictures | {"runs"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert all((tmp_path / f"{stem}.png").read_bytes().startswith(PNG) for stem in figures)
 

@@ -13,6 +13,7 @@ from benchmarks import peer, refresh, two_stages
 from benchmarks.__main__ import main
 from benchmarks.claims import Verdict
 from benchmarks.data import Dataset
+from benchmarks.kept import Kept
 from benchmarks.models import Batch, Mlp, classification_loss
 from tests.test_benchmarks import idx_bytes
 
@@ -95,16 +96,17 @@ def test_families_learn_and_switch_where_they_are_told(name):
 def test_runs_found_are_kept(tmp_path, monkeypatch):
     problem = two_stages.make_problem(Dataset(images(1000), images(100, 1)), Mlp(hidden=(16,)), 256, 2)
     one, other = (two_stages.Family("SGD", {"learning rate": rates}, two_stages._sgd) for rates in ((0.1,), (0.2,)))
-    path, told = tmp_path / "net.json", []
-    (first,) = two_stages.measure(problem, [one], 1, path, told.append)
+    path, told, kept = tmp_path / "net.json", [], Kept(tmp_path)
+    (first,) = two_stages.measure(problem, [one], 1, path, kept, told.append)
     assert len(told) == 2  # one setting, one seed
     monkeypatch.setattr(two_stages, "Trainer", None)
-    (second,) = two_stages.measure(problem, [one], 1, path, told.append)
+    (second,) = two_stages.measure(problem, [one], 1, path, kept, told.append)
     assert second == first
+    assert len(told) == 4
     with pytest.raises(TypeError):  # it would measure another grid, or more seeds
-        two_stages.measure(problem, [other], 1, path, told.append)
+        two_stages.measure(problem, [other], 1, path, kept, told.append)
     with pytest.raises(TypeError):
-        two_stages.measure(problem, [one], 2, path, told.append)
+        two_stages.measure(problem, [one], 2, path, kept, told.append)
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -173,7 +175,7 @@ def test_costs_are_multiples_of_each_sides_own_gradient_step():
     def call(name):
         return lambda method, steps, *_: steps * speeds[name][method == "step_seconds"]
 
-    assert peer.measure_costs({name: call(name) for name in speeds}, {}) == {"optcurv": 2.0, "kfac-jax": 4.0}
+    assert peer.measure_costs({name: call(name) for name in speeds}) == {"optcurv": 2.0, "kfac-jax": 4.0}
 
 
 def test_tuning_keeps_the_least_finite_loss():
