@@ -19,7 +19,10 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int:
     """Runs a command; without one, the comparison."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Benchmarks of optcurv.", epilog="Without a command: compare."
+        prog="python -m benchmarks",
+        description="Benchmarks of optcurv. A job that was killed goes on at the next start. What is found in its "
+        "output folder is not measured again, not even after its end: delete the folder to measure anew.",
+        epilog="Without a command: compare.",
     )
     commands = parser.add_subparsers(dest="command")
     for name, module in COMMANDS.items():
