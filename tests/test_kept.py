@@ -166,7 +166,7 @@ def fake_stages(monkeypatch, measured):
 
 
 JOBS = {
-    "compare": (["--quick"], fake_training, 7 * 7),
+    "compare": (["--quick", "--seeds", "2"], fake_training, 7 * 8),
     "diagonal mass": (["adaptive-norms", "--quick", "--figure", "2"], fake_masses, 2),
     "trust regions": (["adaptive-norms", "--quick", "--figure", "3"], fake_training, 7 * 7),
     "cost": (["cost"], fake_costs, 2),
