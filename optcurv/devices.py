@@ -1,6 +1,7 @@
 """Many devices: those of a `jax.shard_map` around an update, and where an optimiser's state belongs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,41 @@ def own_key(key: jax.Array, tree: PyTree) -> jax.Array:
     for axis in mesh_axes(tree):
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key
+
+
+def check_splits_rows(name: str, sharding: Any) -> None:
+    """Raises unless the sharding splits the first dimension of an array among devices."""
+    if not isinstance(sharding, jax.NamedSharding) or not any(sharding.spec[:1]):
+        raise TypeError(
+            f'{name} must split the first dimension, as jax.NamedSharding(mesh, jax.P("data")): {sharding}.'
+        )
+
+
+def share_out(function: Callable[..., PyTree], sharding: jax.NamedSharding) -> Callable[..., PyTree]:
+    """Splits the stacks a function works on among devices, and exchanges what they return.
+
+    The function maps stacks of so many things to stacks of as many, each on its own. The devices are those along the
+    mesh axes of the sharding's first dimension, also inside of a `jax.shard_map` over them.
+    """
+    mesh, axes = sharding.mesh, sharding.spec[0]
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+
+    def share(*stacks: PyTree) -> PyTree:
+        number = jax.tree.leaves(stacks)[0].shape[0]
+        each = math.ceil(number / jax.lax.axis_size(axes))
+        mine = jax.lax.axis_index(axes) * each + jnp.arange(each)
+        results = function(*jax.tree.map(lambda stack: stack[mine % number], stacks))
+
+        def exchange(part: jax.Array) -> jax.Array:
+            alone = jnp.zeros((number, *part.shape[1:]), part.dtype).at[mine].set(part, mode="drop")
+            return jax.lax.psum(alone, axes)
+
+        return jax.tree.map(exchange, results)
+
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if set(names) <= set(manual):
+        return share
+    return jax.shard_map(share, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), axis_names=set(names))
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:

@@ -3,12 +3,13 @@
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from optcurv.devices import share_out
 from optcurv.taps import Tap
 
 Factors: TypeAlias = tuple[jax.Array, ...]
@@ -203,13 +204,15 @@ def refresh_powers(
     every: int,
     count: jax.Array,
     usable: jax.Array,
+    sharding: jax.NamedSharding | None = None,
 ) -> Powers:
     r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due; F are the averages over their weight.
 
-    Factors of one size are decomposed together, in one batched call. Each such group is due every so many steps, the
-    groups at different steps, and all of them at early ones. The damping :math:`\lambda` is relative to the factor's
-    mean eigenvalue: for two factors the square root of `relative` times it, which is the split by :math:`\pi` of K-FAC
-    (Martens and Grosse 2015, section 6.3) with a damping relative to the mean eigenvalue of the Kronecker product.
+    Factors of one size are decomposed together, in one batched call, or in one on each device of the sharding. Each
+    such group is due every so many steps, the groups at different steps, and all of them at early ones. The damping
+    :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `relative` times it,
+    which is the split by :math:`\pi` of K-FAC (Martens and Grosse 2015, section 6.3) with a damping relative to the
+    mean eigenvalue of the Kronecker product.
     """
     groups = _groups(factors)
     turns = jnp.arange(state.ages.size) * every // state.ages.size
@@ -217,9 +220,9 @@ def refresh_powers(
     places = {path: list(zip(state.powers[path], state.extremes[path], strict=True)) for path in factors}
     for number, members in enumerate(groups):
         share = jnp.asarray(relative) ** (1 / len(factors[members[0][0]]))
-        take = functools.partial(
-            _group_powers, weight=weight, exponent=exponent, relative=share, absolute_damping=absolute_damping
-        )
+        power = functools.partial(damped_power, exponent=exponent, relative=share, absolute_damping=absolute_damping)
+        power = power if sharding is None else share_out(power, sharding)
+        take = functools.partial(_group_powers, power, weight)
         now, before = [factors[path][i] for path, i in members], [places[path][i] for path, i in members]
         # All of the work is inside: what stands outside of the condition is done at every step.
         after = jax.lax.cond(due[number], take, lambda now, before: before, now, before)
@@ -233,12 +236,15 @@ def refresh_powers(
 
 
 def _group_powers(
-    factors: list[jax.Array], before: list[tuple[Power, jax.Array]], *, weight: jax.Array, **options: Any
+    damped_power: Callable[[jax.Array, Power], tuple[Power, jax.Array]],
+    weight: jax.Array,
+    factors: list[jax.Array],
+    before: list[tuple[Power, jax.Array]],
 ) -> list[tuple[Power, jax.Array]]:
     """Takes the powers of the factors of one size together; returns those of each, with their extremes."""
     previous = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(power for power, _ in before))
     stacked = jnp.concatenate(factors)
-    together = damped_power(stacked / weight.astype(stacked.dtype), previous, **options)
+    together = damped_power(stacked / weight.astype(stacked.dtype), previous)
     starts = [0, *itertools.accumulate(len(factor) for factor in factors)]
     return [
         jax.tree.map(lambda part, start=start, end=end: part[start:end], together)

@@ -22,7 +22,7 @@ from optcurv.arguments import (
     wide_dtype,
 )
 from optcurv.curvature import Composite
-from optcurv.devices import mean_over_devices, own_key
+from optcurv.devices import check_splits_rows, mean_over_devices, own_key
 from optcurv.jaxpr import with_canonical_convolutions
 from optcurv.kronecker import (
     BLOCK,
@@ -101,6 +101,7 @@ def scale_by_kronecker(
     rank: int | None = 16,
     max_factor_size: int = 8192,
     max_positions: int | None = None,
+    root_sharding: jax.NamedSharding | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the updates by a power of the Fisher matrix, layer by layer; keeps their sign.
@@ -145,6 +146,9 @@ def scale_by_kronecker(
         in proportion to the cube of a layer's width.
       max_factor_size: of larger factors only the diagonal is kept.
       max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
+      root_sharding: shares the decompositions out: the factors of one size are split among the devices along the mesh
+        axes of its first dimension, say `jax.NamedSharding(mesh, jax.P("data"))`, and the results exchanged; default:
+        every device decomposes all.
       seed: of the sampled labels.
 
     Returns:
@@ -185,6 +189,9 @@ def scale_by_kronecker(
         check_count(name, number)
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
+
+    if root_sharding is not None:
+        check_splits_rows("root_sharding", root_sharding)
 
     def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
         return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
@@ -295,6 +302,7 @@ def scale_by_kronecker(
             every=root_every,
             count=state.count,
             usable=begun,
+            sharding=root_sharding,
             **dampings,
         )
         alone = squares if structure is DIAGONAL else [path for path, _ in found.others.values()]

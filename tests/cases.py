@@ -127,5 +127,17 @@ CASES = [
     tso_alra_case("tso-alra-diagonal", optcurv.DIAGONAL),
 ]
 
-every_method = pytest.mark.parametrize("case", [case for case in CASES if not case.variant], ids=lambda case: case.name)
+
+def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """All tests of a case run in one process, where they share what is compiled."""
+
+    def marks(case: Case) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.xdist_group(case.name), *([pytest.mark.variant] if case.variant else [])]
+
+    params = [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES if holds(case)]
+    return pytest.mark.parametrize("case", params)
+
+
+every_case = cases_where(lambda case: True)
+every_method = cases_where(lambda case: not case.variant)
 """For tests that do not hang on a method's options."""

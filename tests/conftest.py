@@ -1,9 +1,18 @@
-import jax
+import os
+import pathlib
+
+# The tests compile much and compute little: what one has compiled, the next need not, nor a process it starts, nor the
+# next run. Each worker keeps its own, as they would read what others are still writing.
+cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # noqa: E402  it reads the environment
 
 # Four CPU devices on one machine, for the sharding laws; it must be said before JAX starts its backends.
 jax.config.update("jax_num_cpu_devices", 4)
 
-# The tests compile much and compute little.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Their tolerances are those of float32, not of the shorter products that some accelerators take for it.

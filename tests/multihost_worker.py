@@ -19,6 +19,7 @@ def main():
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--die-before", type=int, help="step before which the second process is killed")
+    parser.add_argument("--methods", nargs="+", help="default: all")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES_EACH)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -30,7 +31,8 @@ def main():
     from tests.cases import CASES
     from tests.test_contract import make_step
 
-    methods = {case.name: case.make() for case in CASES if not case.variant}
+    names = args.methods or [case.name for case in CASES if not case.variant]
+    methods = {case.name: case.make() for case in CASES if case.name in names}
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     everywhere, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
     steps = {name: jax.jit(make_step(method)) for name, method in methods.items()}

@@ -16,22 +16,8 @@ from jax.flatten_util import ravel_pytree
 
 import optcurv
 from tests import problems
-from tests.cases import CASES
+from tests.cases import cases_where, every_case, every_method
 from tests.wrappers import WRAPPERS
-
-
-def cases_where(holds):
-    """All laws of a case run in one process, where they share what is compiled."""
-
-    def marks(case):
-        return [pytest.mark.xdist_group(case.name), *([pytest.mark.variant] if case.variant else [])]
-
-    params = [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES if holds(case)]
-    return pytest.mark.parametrize("case", params)
-
-
-every_case = cases_where(lambda case: True)
-every_method = cases_where(lambda case: not case.variant)
 
 
 def make_step(optimizer, loss_of_batch=problems.regression_loss):
@@ -197,7 +183,7 @@ def _dtype_and_shape(leaf):
     return jnp.result_type(leaf), jnp.shape(leaf)
 
 
-@every_case
+@every_method
 def test_mixed_dtypes_are_kept(case):
     params = problems.regression_params() | {"kernel": problems.regression_params()["kernel"].astype(jnp.bfloat16)}
     optimizer = case.make()
@@ -241,7 +227,7 @@ def test_any_structure_takes_the_same_path(case, build):
     assert_finite(state)
 
 
-@cases_where(lambda case: not case.needs_layers)
+@cases_where(lambda case: not case.needs_layers and not case.variant)
 @pytest.mark.parametrize("params", [jnp.asarray(3.0), 3.0, {"w": 3.0}], ids=["array", "float", "float-in-dict"])
 def test_scalar_parameters(case, params):
     loss = optcurv.Composite(lambda p: 2.0 * (jax.tree.leaves(p)[0] - 1.0), lambda residual: 0.5 * residual**2)
@@ -250,7 +236,7 @@ def test_scalar_parameters(case, params):
     assert loss(new_params) < loss(params)
 
 
-@every_case
+@every_method
 def test_sharded_batch_takes_the_same_path(case):
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 ROOT = pathlib.Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES = 600_000  # of a notebook with its outputs
+SHORTER = {"2_which_method_when": ("BUDGET, SEEDS = 200, 3", "BUDGET, SEEDS = 12, 3")}  # to see that it runs
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -26,6 +27,10 @@ def test_there_are_four():
 @every_notebook
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
+    if path.stem in SHORTER:
+        given, shorter = SHORTER[path.stem]
+        [cell] = [cell for cell in code_cells(notebook) if given in cell.source]
+        cell.source = cell.source.replace(given, shorter)
     resources = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
     settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # they compile much, compute little
