@@ -40,7 +40,12 @@ Power: TypeAlias = jax.Array | LowRank
 Parts: TypeAlias = tuple[jax.Array, ...]
 """Kernels, `(stack, in_size, out_size)`, and perhaps biases, `(stack, 1, out_size)`."""
 
-_einsum = functools.partial(jnp.einsum, precision="highest")
+
+def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """Multiplies; on a mesh of explicit axes the product is on every device, as factors and their powers are."""
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
+    everywhere = [jax.NamedSharding(mesh, jax.P()) for mesh in meshes if mesh.explicit_axes]
+    return jnp.einsum(subscripts, *operands, precision="highest", out_sharding=everywhere[0] if everywhere else None)
 
 
 class Structure(NamedTuple):

@@ -237,10 +237,10 @@ def test_scalar_parameters(case, params):
 
 
 @every_method
-def test_sharded_batch_takes_the_same_path(case):
-    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("data",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+def test_sharded_batch_takes_the_same_path(case, axis_type):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    everywhere, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
     optimizer = case.make()
     params = jax.device_put(problems.regression_params(), everywhere)
     state = jax.device_put(optimizer.init(params), everywhere)
