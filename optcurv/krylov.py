@@ -460,7 +460,8 @@ def _step_in_space(
 ) -> ModelStep:
     """Returns to the parameters' space."""
     h = minimizer.point
-    quadratic = jnp.vdot(h, space.gradient + 0.5 * jnp.matmul(space.operator, h, precision="highest"))
+    product = functools.partial(jnp.matmul, precision="highest")
+    quadratic = product(h, space.gradient + 0.5 * product(space.operator, h))
     stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_SHAPE)
     stop = jnp.where(jnp.isfinite(quadratic + space.least_square), stop, Stop.NOT_FINITE)
     return ModelStep(combine(h, space.basis), -quadratic - regularization, space.products, stop)

@@ -62,7 +62,7 @@ class SpectralDensity(NamedTuple):
         """
         distances = (jnp.asarray(values)[..., None] - self.nodes.ravel()) / width
         shares = self.weights.ravel() / self.nodes.shape[0]
-        return jax.scipy.stats.norm.pdf(distances) @ shares / width
+        return jnp.matmul(jax.scipy.stats.norm.pdf(distances), shares, precision="highest") / width
 
 
 def leading_eigenpairs(
@@ -110,7 +110,8 @@ def leading_eigenpairs(
     space = tridiagonalize(matvec, _probe(key_or_default(key), params), num_steps)
     values, coordinates = jnp.linalg.eigh(space.matrix())
     inside = jnp.append(1.0, jnp.cumprod(space.off_diagonal != 0)).astype(values.dtype)  # where the basis is not zero
-    values = jnp.where(inside @ coordinates**2 > 0.5, values, jnp.nan)
+    share = jnp.matmul(inside, coordinates**2, precision="highest")
+    values = jnp.where(share > 0.5, values, jnp.nan)
     leading = jnp.argsort(-jnp.abs(values))[:num_pairs]
     values, coordinates = values[leading], coordinates[:, leading]
     vectors = jax.lax.map(lambda column: combine(column, space.basis), coordinates.T)
