@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import adaptive_norms, compare, cost, loss_surfaces, tso_alra
+from benchmarks import adaptive_norms, compare, cost, loss_surfaces, scale, tso_alra
 from benchmarks.data import DataError
 
 COMMANDS = {
     "compare": compare,
     "cost": cost,
+    "scale": scale,
     "adaptive-norms": adaptive_norms,
     "tso-alra": tso_alra,
     "loss-surfaces": loss_surfaces,
