@@ -122,8 +122,9 @@ def scale_by_parabolic_linesearch(
 
         updates_wide = at_least_float32(updates)
         norm = optax.tree.norm(updates_wide)
-        direction = optax.tree.scale(1 / jnp.where(norm > 0, norm, 1.0), updates_wide)
-        slope = jnp.asarray(optax.tree.vdot(at_least_float32(grad), direction)) if exact_slope else -norm
+        length = jnp.where(norm > 0, norm, 1.0)
+        direction = optax.tree.scale(1 / length, updates_wide)
+        slope = jnp.asarray(optax.tree.vdot(at_least_float32(grad), updates_wide)) / length if exact_slope else -norm
 
         mu = scheduled(measuring_step, state.count, norm.dtype)
         longest = scheduled(max_step, state.count, norm.dtype)
@@ -153,15 +154,19 @@ def _step_and_case(
 
 
 def _momentum(decay: float) -> optax.GradientTransformation:
-    """`optax.trace`, but for the memory of a spike."""
-    trace = optax.trace(decay)
+    """`optax.trace`, but it keeps no gradient that is not finite, and forgets a spike."""
 
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.TraceState]:
+        del params
         largest, remembered = (optax.tree.norm(tree, ord="inf") for tree in (updates, state.trace))
-        kept = optax.tree.where(remembered > 1000 * largest, optax.tree.zeros_like(state.trace), state.trace)
-        return trace.update(updates, state._replace(trace=kept), params)
+        finite = jnp.isfinite(largest)
+        kept = jnp.where(finite, jnp.where(remembered > 1000 * largest, 0.0, decay), 1.0)
+        new = optax.tree.where(finite, updates, optax.tree.zeros_like(updates))
+        trace = optax.tree.cast_like(optax.tree.add_scale(new, kept, state.trace), state.trace)
+        emitted = optax.tree.scale(jnp.where(finite, 1.0, jnp.nan), trace)  # the search then stays where it is
+        return optax.tree.cast_like(emitted, updates), optax.TraceState(trace)
 
-    return optax.GradientTransformation(trace.init, update)
+    return optax.GradientTransformation(lambda params: optax.TraceState(optax.tree.zeros_like(params)), update)
 
 
 def pal(
@@ -221,9 +226,7 @@ def pal(
     def decayed(value: optax.ScalarOrSchedule) -> optax.Schedule:
         return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)
 
-    # The momentum must not keep a gradient that was not finite; no number of those in a row lets one pass.
-    guarded_momentum = optax.apply_if_finite(_momentum(momentum), max_consecutive_errors=jnp.iinfo(jnp.int32).max)
     search = scale_by_parabolic_linesearch(
         decayed(measuring_step), curvature_factor=curvature_factor, max_step=decayed(max_step), exact_slope=exact_slope
     )
-    return optax.chain(guarded_momentum, optax.scale(-1.0), search)
+    return optax.chain(_momentum(momentum), optax.scale(-1.0), search)
