@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import adaptive_norms, compare, cost, loss_surfaces, scale, tso_alra
+from benchmarks import adaptive_norms, compare, cost, loss_surfaces, precision, scale, tso_alra
 from benchmarks.data import DataError
 
 COMMANDS = {
     "compare": compare,
     "cost": cost,
     "scale": scale,
+    "precision": precision,
     "adaptive-norms": adaptive_norms,
     "tso-alra": tso_alra,
     "loss-surfaces": loss_surfaces,

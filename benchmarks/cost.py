@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 import optcurv
+from benchmarks import memory
 from benchmarks.kept import Kept
 from benchmarks.loops import count_flops, loops_table, measure_loops, product_flops
 from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
@@ -92,8 +93,12 @@ def main(args: argparse.Namespace) -> int:
         workload = WORKLOADS[name]
         key = workload.description | {"rounds": args.rounds}
         measured[name] = kept.get(f"cost-{name}", key, functools.partial(measure, name, workload, args.rounds))
+    rows = kept.get("memory", memory.TASK.description, memory.measure_memory)
     surroundings = environment()
-    write_json(args.output / "cost.json", {"environment": surroundings, "cost": measured})
+    write_json(args.output / "cost.json", {"environment": surroundings, "cost": measured, "memory": rows})
+    table = memory.memory_table(rows)
+    print_table(table)
+    write_table(args.output / "memory.txt", table)
     for name, figures in measured.items():
         table = cost_table(f"{name}, batch {figures['batch_size']}, on {surroundings['device']}", figures)
         print_table(table)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compare, cost, data, loops, methods, training
+from benchmarks import compare, cost, data, loops, memory, methods, precision, training
 from benchmarks.__main__ import main
 from benchmarks.models import Mlp, Task, classification_loss
 
@@ -219,6 +219,8 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     monkeypatch.setitem(cost.WORKLOADS, "mlp", cost.Workload(task, batch_size=32))
     monkeypatch.setattr(cost, "NUM_IMAGES", 500)
     monkeypatch.setattr(loops, "NUM_COMPILES", 1)
+    monkeypatch.setattr(memory, "TASK", task)
+    monkeypatch.setattr(memory, "LIMITS", {"PAL": memory.LIMITS["PAL"]})
     assert main(["cost", "--model", "mlp", "--rounds", "2", "--output", str(tmp_path)]) == 0
     assert "EDF-G k=1" in capsys.readouterr().out
     figures = json.loads((tmp_path / "cost.json").read_text())["cost"]["mlp"]
@@ -236,11 +238,37 @@ def test_cost_of_a_small_network(tmp_path, monkeypatch, few_methods, capsys):
     assert "EDF-G k=1" in (tmp_path / "cost-mlp.txt").read_text()
     assert [row["curvature"] for row in figures["loops"]] == ["Gauss-Newton", "Hessian"]
     assert "ms in the CG loop" in (tmp_path / "loops-mlp.txt").read_text()
+    assert "PAL" in (tmp_path / "memory.txt").read_text()
     planes = figures["planes"]
-    memory = planes["temporary_bytes"]
+    of_planes = planes["temporary_bytes"]
     assert planes["forward_temporary_bytes"] > 4 * 64 * 500  # a layer's activations
     one_point = planes["forward_temporary_bytes"] + 4 * 60_000  # the parameters there
-    assert memory["9x9"] == pytest.approx(memory["5x5"], rel=0.01)
-    assert memory["9x9"] < 1.1 * one_point
+    assert of_planes["9x9"] == pytest.approx(of_planes["5x5"], rel=0.01)
+    assert of_planes["9x9"] < 1.1 * one_point
     assert planes["throughput_ratio_quartiles"] == sorted(planes["throughput_ratio_quartiles"])
     assert "500 images" in (tmp_path / "planes-mlp.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["PAL", "SGD-RK2", "EDF-G k=8", "TR Steihaug H"])
+def test_steps_keep_to_their_memory(name, monkeypatch):
+    """Counted by XLA, in vectors of parameters; much the same for a network of ten million."""
+    monkeypatch.setattr(memory, "TASK", Task(Mlp(hidden=(400, 400)), classification_loss, has_accuracy=True))
+    monkeypatch.setattr(memory, "LIMITS", {name: memory.LIMITS[name]})
+    (row,) = memory.measure_memory()
+    assert 0.5 < row["vectors"] <= row["limit"]
+    assert "within" in str([list(column.cells) for column in memory.memory_table([row]).columns])
+
+
+def test_precision_compares_accuracies(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "RUNS", precision.RUNS[:1])
+    assert main(["precision", "--quick", "--output", str(tmp_path)]) == 0
+    accuracies = json.loads((tmp_path / "precision.json").read_text())["accuracies"]["SGD-momentum"]
+    assert [len(accuracies[dtype]) for dtype in ("float32", "bfloat16")] == [1, 1]
+    assert accuracies["float32"] != accuracies["bfloat16"]
+    assert "SGD-momentum" in (tmp_path / "precision.txt").read_text()
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0.005, "yes"), (0.02, "no")])
+def test_a_loss_of_accuracy_is_told(lost, verdict):
+    table = precision.precision_table({"SGD": {"float32": [0.9, 0.95], "bfloat16": [0.9 - lost, 0.95 - lost]}}, 10)
+    assert list(table.columns[-1].cells) == [verdict]

@@ -139,3 +139,31 @@ def test_composite_of_something_that_is_no_function(name):
 def test_loss_that_is_no_real_scalar(value):
     with pytest.raises(TypeError, match="real scalar"):
         optcurv.hessian_product(lambda w: jnp.sum(w) * 0 + value if value.shape else value, jnp.ones(2))
+
+
+@pytest.mark.parametrize("curvature", [optcurv.hessian_product, optcurv.gauss_newton_product])
+def test_remat_keeps_its_saving_inside_of_products(curvature):
+    """What a model takes again rather than keep, products in a loop take again too."""
+
+    def bytes_of(layer):
+        def model_fn(kernels):
+            x = jnp.ones((2048, 32))
+            for kernel in kernels:
+                x = layer(kernel, x)
+            return x
+
+        loss = optcurv.Composite(model_fn, lambda outputs: jnp.mean(outputs**2))
+
+        def update(kernels):
+            solve, identity = optcurv.steihaug(max_iter=5), optcurv.Metric(lambda v: v, lambda v: v)
+            return solve(curvature(loss, kernels), kernels, identity, jnp.float32(1.0), jax.random.key(0)).step
+
+        kernels = [jax.random.normal(jax.random.key(n), (32, 32)) / 6 for n in range(4)]
+        return jax.jit(update).lower(kernels).compile().memory_analysis().temp_size_in_bytes
+
+    def layer(kernel, x):
+        for _ in range(4):
+            x = jnp.tanh(x @ kernel)
+        return x
+
+    assert bytes_of(jax.checkpoint(layer)) < 0.7 * bytes_of(layer)
