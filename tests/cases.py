@@ -89,15 +89,21 @@ def adam_with_linesearch(measuring_step: float = 0.1, max_step: float = 1.0) -> 
 
 
 CASES = [
-    edf_case("edf-g-1-momentum", 1, acceleration="momentum", variant=True),
     edf_case("edf-g-2-nesterov", 2, acceleration="nesterov"),
     # Damped more: as published EDF-H is drawn to saddle points, here to the network that ignores its input.
-    edf_case("edf-h-1", 1, curvature=optcurv.hessian_product, damping_scale=2.0, needs_composite=False, variant=True),
+    edf_case(
+        "edf-h-1-momentum",
+        1,
+        curvature=optcurv.hessian_product,
+        acceleration="momentum",
+        damping_scale=2.0,
+        needs_composite=False,
+        variant=True,
+    ),
     Case("pal", optcurv.pal, static=("exact_slope",)),
     Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}, variant=True),
     Case("adam-parabolic-linesearch", adam_with_linesearch),
     trust_region_case("trust-region", variant=False),
-    trust_region_case("trust-region-uniform-lanczos", shape=optcurv.uniform_shape(), solver=optcurv.lanczos(6)),
     trust_region_case(
         "trust-region-adagrad-gauss-newton",
         shape=optcurv.adagrad_shape(),
@@ -105,7 +111,10 @@ CASES = [
         needs_composite=True,
     ),
     trust_region_case(
-        "trust-region-full-matrix", shape=optcurv.full_matrix_shape(decay=0.8, eps=1e-2), initial_radius=1.0
+        "trust-region-full-matrix-lanczos",
+        shape=optcurv.full_matrix_shape(decay=0.8, eps=1e-2),
+        solver=optcurv.lanczos(6),
+        initial_radius=1.0,
     ),
     Case(
         "adaptive-cubic",
