@@ -135,7 +135,7 @@ def precision_table(measured: dict[str, Any], num_steps: int) -> Table:
         caption=f"After {num_steps} steps; difference: mean over seeds of equal initialisation and batches ± 95 %.",
     )
     table.add_column("method", no_wrap=True)
-    for column in (*DTYPES, "bfloat16 - float32", f"within {LIMIT:.0%}"):
+    for column in (*DTYPES, "bfloat16 - float32", f"loses at most {LIMIT:.0%}"):
         table.add_column(column, justify="right")
     for name, accuracies in measured.items():
         columns = [np.array(accuracies[dtype]) for dtype in DTYPES]
