@@ -135,3 +135,14 @@ def test_ratio(value_at_step, predicted, ratio):
 
 def test_ratio_where_all_is_zero():
     assert decrease_ratio(jnp.asarray(0.0), jnp.asarray(0.0), jnp.asarray(0.0)) == 1.0
+
+
+@pytest.mark.parametrize("value_at_step", [np.inf, -np.inf, np.nan])
+def test_ratio_of_a_step_to_where_the_loss_is_no_number(value_at_step):
+    assert decrease_ratio(jnp.asarray(3.0), jnp.asarray(value_at_step), jnp.asarray(1.0)) == -np.inf
+
+
+def test_ratio_allows_for_noise():
+    value, worse, predicted = jnp.asarray(3.0), jnp.asarray(3.001), jnp.asarray(0.001)
+    assert decrease_ratio(value, worse, predicted) < 0
+    np.testing.assert_allclose(decrease_ratio(value, worse, predicted, noise=0.1), 0.099 / 0.101, rtol=1e-3)
