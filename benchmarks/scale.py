@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,7 @@ from benchmarks.scaling_model import Machine, make_work, predict
 from benchmarks.style import save
 
 NUM_DEVICES = 4
+_NUM_THREADS = 4 * NUM_DEVICES  # of XLA: collectives in progress hold one each, and with too few wait for ever
 MODEL_DEVICES = tuple(2**i for i in range(11))
 
 
@@ -115,9 +119,14 @@ def main(args: argparse.Namespace) -> int:
     """Measures part after part; writes tables, JSON and pictures."""
     if jax.config.jax_num_cpu_devices < NUM_DEVICES:  # must be said before JAX's backends start
         jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    if args.part == "devices":
+        os.environ.setdefault("NPROC", str(_NUM_THREADS))  # likewise
     kept, plan = Kept(args.output), QUICK if args.quick else Plan()
     for name, part in PARTS.items():
-        if args.part in (name, "all"):
+        if args.part == "all" and name == "devices":  # its threads would slow the others
+            options = ["--part", name, "--output", str(args.output), *(["--quick"] if args.quick else [])]
+            subprocess.run([sys.executable, "-m", "benchmarks", "scale", *options], check=True)
+        elif args.part in (name, "all"):
             part(args, plan, kept)
     Console().print(f"Written to {args.output}")
     return 0
@@ -136,7 +145,7 @@ def against_batch(args: argparse.Namespace, plan: Plan, kept: Kept) -> None:
     """One network on batches of all sizes."""
     setups = [Setup(plan.width, batch_size, hidden_layers=plan.hidden_layers) for batch_size in plan.batches]
     rows = _measure_rows([(setup, candidate) for setup in setups for candidate in plan.candidates], plan.rounds, kept)
-    title = f"Cost of a step against the batch, {setups[0].num_params:.1g} parameters"
+    title = f"Cost of a step against the batch, {setups[0].num_params:,} parameters"
     write(args.output / "batch", scale_report.ratios_table(title, "batch_size", rows), {"rows": rows})
     save(scale_report.draw_against(title, "batch_size", rows), args.output / "batch")
 
@@ -148,7 +157,7 @@ def against_order(args: argparse.Namespace, plan: Plan, kept: Kept) -> None:
     pairs = [(setup, _FAMILIES[label["family"]](label["order"])) for label in labels]
     measured = _measure_rows(pairs, plan.rounds, kept)
     rows = [label | row for label, row in zip(labels, measured, strict=True)]
-    title = f"Cost of a step against the Krylov order, {setup.num_params:.1g} parameters, batch {setup.batch_size}"
+    title = f"Cost of a step against the Krylov order, {setup.num_params:,} parameters, batch {setup.batch_size}"
     write(args.output / "order", scale_report.ratios_table(title, "order", rows), {"rows": rows})
     save(scale_report.draw_orders(title, rows), args.output / "order")
 
@@ -169,7 +178,7 @@ def _measure_rows(pairs: Sequence[tuple[Setup, Candidate]], rounds: int, kept: K
             about = {"method": candidate.name, "floor": candidate.method.gradients}
             sizes = {"parameters": setup.num_params, "batch_size": setup.batch_size}
             rows.append(timed | about | sizes | {"flops_ratio": flops_ratio})
-            report(f"{candidate.name}, {setup.num_params:.1g} parameters, batch {setup.batch_size}")
+            report(f"{candidate.name}, {setup.num_params:,} parameters, batch {setup.batch_size}")
     return rows
 
 
@@ -191,7 +200,7 @@ def on_virtual_devices(args: argparse.Namespace, plan: Plan, kept: Kept) -> None
                 report(f"{candidate.name}, {placement}, {count} devices")
             rows.append(row)
     num_params = Setup(plan.width, 1, hidden_layers=plan.hidden_layers).num_params
-    title = f"Virtual devices that share the cores of one machine, {num_params:.1g} parameters"
+    title = f"Virtual devices that share the cores of one machine, {num_params:,} parameters"
     write(
         args.output / "devices", scale_report.devices_table(title, strong, rows), {"strong_batch": strong, "rows": rows}
     )
@@ -217,10 +226,10 @@ def on_paper(args: argparse.Namespace, plan: Plan, kept: Kept) -> None:
                 traffic = {kind: each._asdict() for kind, each in communication.items()}
                 rows.append(about | {"communication": traffic, "predictions": predictions})
             report(candidate.name)
-    title = f"Communicated in a step, {setup.num_params:.1g} parameters, {weak_batch} examples a device"
+    title = f"Communicated in a step, {setup.num_params:,} parameters, {weak_batch} examples a device"
     counted = [{name: row[name] for name in row if name != "predictions"} for row in rows]
     write(args.output / "collectives", scale_report.collectives_table(title, rows), {"rows": counted})
-    title = f"On paper: {setup.num_params:.1g} parameters, {args.flops_rate:g} TFLOP/s, {args.bandwidth:g} GB/s, "
+    title = f"On paper: {setup.num_params:,} parameters, {args.flops_rate:g} TFLOP/s, {args.bandwidth:g} GB/s, "
     title += f"{args.latency:g} µs a message"
     content = {"machine": machine._asdict(), "weak_batch": weak_batch, "strong_batch": strong_batch}
     table = scale_report.model_table(title, weak_batch, strong_batch, rows)

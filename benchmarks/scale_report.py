@@ -16,6 +16,7 @@ Curves = dict[str, dict[str, tuple[ArrayLike, ArrayLike]]]
 
 _SHOWN_DEVICES = (8, 64, 1024)
 _BYTES_OF_A_PARAMETER = 4
+_LEAST_WIDTH = 9.0  # inches
 
 
 def ratios_table(title: str, varied: str, rows: Sequence[Row]) -> Table:
@@ -64,7 +65,7 @@ def devices_table(title: str, strong_batch: int, rows: Sequence[Row]) -> Table:
     )
     table = Table(title=title, caption=caption)
     table.add_column("method", no_wrap=True)
-    table.add_column("parameters")
+    table.add_column("placement")
     columns = [(scaling, count) for scaling in ("strong", "weak") for count in (2, 4)]
     for scaling, count in columns:
         table.add_column(f"{scaling}, {count} devices", justify="right")
@@ -86,7 +87,7 @@ def collectives_table(title: str, rows: Sequence[Row]) -> Table:
     )
     table = Table(title=title, caption=caption)
     table.add_column("method", no_wrap=True)
-    table.add_column("parameters")
+    table.add_column("placement")
     kinds = [kind for kind in KINDS if any(kind in row["communication"] for row in rows)]
     for kind in kinds:
         table.add_column(kind, justify="right")
@@ -108,11 +109,12 @@ def model_table(title: str, weak_batch: int, strong_batch: int, rows: Sequence[R
     caption = (
         f"Efficiency: the share of the ideal speed. Weak: {weak_batch} examples a device; strong: {strong_batch} in "
         "all. In gradient steps: the time of a step over the gradient step's, weak, on as many devices. Computing and "
-        "communicating take turns; bytes go round a ring, messages wait for one another as in a tree."
+        "communicating take turns; bytes go round a ring, messages wait for one another as in a tree. Arithmetic on "
+        "vectors of parameters, which the memory bounds, is left out."
     )
     table = Table(title=title, caption=caption)
     table.add_column("method", no_wrap=True)
-    table.add_column("parameters")
+    table.add_column("placement")
     for scaling in ("weak", "strong"):
         for count in _SHOWN_DEVICES:
             table.add_column(f"{scaling}, {count}", justify="right")
@@ -208,9 +210,11 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _log_x(figure: Figure, base: int = 2) -> Figure:
-    """Makes the horizontal axes logarithmic, labelled with plain numbers where these are short."""
+    """Makes the horizontal axes logarithmic, in plain numbers where these are short; the legend needs some width."""
+    figure.set_figwidth(max(_LEAST_WIDTH, figure.get_figwidth()))
     for panel in figure.axes:
         panel.set_xscale("log", base=base)
+        panel.grid(visible=False, which="minor", axis="x")
         if base == 2:
             panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return figure

@@ -28,7 +28,8 @@ class Work(NamedTuple):
     """What an average step of a method does.
 
     Attributes:
-      fixed_flops: operations, of all devices together, that no example adds to: on vectors of all parameters.
+      fixed_flops: operations that no example adds to, such as those with Kronecker factors; of all devices together if
+        they share them.
       flops_per_example: operations that each example adds.
       communication: what each device takes part in.
       sharded: whether devices share the fixed operations, as under FSDP, or each does them all.

@@ -51,6 +51,13 @@ def test_loops_that_may_stop_early_need_a_limit():
     assert count(body, (6,), loop_limit=5) == {"all-reduce": Traffic(5, 5 * 24)}
 
 
+def test_a_loop_s_condition_is_met_once_more_than_its_body():
+    def body(x):
+        return jax.lax.while_loop(lambda x: jax.lax.psum(x[0], "data") < 1, jnp.exp, x)
+
+    assert count(body, (6,), loop_limit=5) == {"all-reduce": Traffic(6, 6 * 4)}
+
+
 def test_conditions_count_for_the_dearer_or_the_cheaper_branch():
     def body(x):
         branches = [lambda x: x, lambda x: jax.lax.psum(x[:3], "data").sum() * x, lambda x: jax.lax.psum(x, "data")]
