@@ -15,7 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import adaptive_norms, compare, cost, data, hessian_mass, kept, peer, refresh, tso_alra, two_stages
+from benchmarks import (
+    adaptive_norms,
+    compare,
+    cost,
+    data,
+    hessian_mass,
+    kept,
+    memory,
+    peer,
+    refresh,
+    tso_alra,
+    two_stages,
+)
 from benchmarks.__main__ import main
 from benchmarks.kept import Kept
 from benchmarks.training import Run, Trainer
@@ -119,6 +131,8 @@ def fake_costs(monkeypatch, measured):
     planes |= {"temporary_bytes": {"5x5": 7}, "forward_temporary_bytes": 6}
     figures = {"batch_size": 5, "forward_flops_ratio": 0.4, "rows": [], "loops": [], "planes": planes}
     monkeypatch.setattr(cost, "measure", lambda *what: measured.note(*what) or figures)
+    row = {"method": "PAL", "limit": 2, "vectors": 1.5, "parameters": 9}
+    monkeypatch.setattr(memory, "measure_memory", lambda: measured.note("memory") or [row])
 
 
 def fake_data(monkeypatch):
@@ -169,7 +183,7 @@ JOBS = {
     "compare": (["--quick", "--seeds", "2"], fake_training, 7 * 8),
     "diagonal mass": (["adaptive-norms", "--quick", "--figure", "2"], fake_masses, 2),
     "trust regions": (["adaptive-norms", "--quick", "--figure", "3"], fake_training, 7 * 7),
-    "cost": (["cost"], fake_costs, 2),
+    "cost": (["cost"], fake_costs, 3),
     "refreshes": (["tso-alra", "--quick", "--part", "cost"], fake_refreshes, 2 * 5),
     "stages": (["tso-alra", "--quick", "--part", "alexnet"], fake_stages, 4 * 2),
     "peer": (["tso-alra", "--peer", "kfac-jax"], fake_sides, 4 * 25),
