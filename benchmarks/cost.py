@@ -50,20 +50,20 @@ RUNGE_KUTTA = Method("SGD-RK2", optcurv.sgd_rk2, "learning rate", (0.01,), 2)
 _ITERATIONS = 4
 
 
-def _trust_region(name: str, curvature: CurvatureFn, solver: Solver, gradients: float) -> Method:
+def wide_trust_region(name: str, curvature: CurvatureFn, solver: Solver, gradients: float) -> Method:
     """A trust region so wide that every step takes all its products."""
     optimizer = functools.partial(optcurv.trust_region, curvature=curvature, solver=solver, max_radius=1e6)
     return Method(name, lambda radius: optimizer(initial_radius=radius), "initial radius", (1e6,), gradients)
 
 
 LOOPED = {
-    _trust_region(
+    wide_trust_region(
         f"TR Steihaug G j={_ITERATIONS}",
         optcurv.gauss_newton_product,
         optcurv.steihaug(max_iter=_ITERATIONS, tol=0.0),
         4 / 3 + 4 / 3 * _ITERATIONS,
     ): optcurv.gauss_newton_product,
-    _trust_region(
+    wide_trust_region(
         f"TR Lanczos H j={_ITERATIONS}",
         optcurv.hessian_product,
         optcurv.lanczos(_ITERATIONS),

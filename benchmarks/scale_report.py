@@ -1,6 +1,6 @@
 """Tables and pictures of `scale`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -170,14 +170,11 @@ def draw_orders(title: str, rows: Sequence[Row]) -> Figure:
 
 def draw_devices(title: str, rows: Sequence[Row]) -> Figure:
     """Draws times on virtual devices beside those of one that does the same work."""
-    panels: Curves = {}
-    for scaling in ("strong", "weak"):
-        for placement in dict.fromkeys(row["placement"] for row in rows):
-            panels[f"{scaling} scaling, {placement}"] = {
-                row["method"]: ([1, 2, 4], [1.0, *(row[f"{scaling} {count}"][1] for count in (2, 4))])
-                for row in rows
-                if row["placement"] == placement
-            }
+    panels = _scaling_panels(
+        ("strong", "weak"),
+        rows,
+        lambda row, scaling: ([1, 2, 4], [1.0, *(row[f"{scaling} {count}"][1] for count in (2, 4))]),
+    )
     figure = draw_panels(
         title, panels, "devices, on the same cores", "time over one device's, same work", num_columns=2
     )
@@ -186,21 +183,29 @@ def draw_devices(title: str, rows: Sequence[Row]) -> Figure:
 
 def draw_model(title: str, rows: Sequence[Row]) -> Figure:
     """Draws predicted efficiencies over the number of devices."""
-    panels: Curves = {}
-    for scaling in ("weak", "strong"):
-        for placement in dict.fromkeys(row["placement"] for row in rows):
-            panels[f"{scaling} scaling, {placement}"] = {
-                row["method"]: (
-                    [prediction["devices"] for prediction in row["predictions"]],
-                    [prediction[f"{scaling}_efficiency"] for prediction in row["predictions"]],
-                )
-                for row in rows
-                if row["placement"] == placement
-            }
+
+    def curve(row: Row, scaling: str) -> tuple[ArrayLike, ArrayLike]:
+        predictions = row["predictions"]
+        return [each["devices"] for each in predictions], [each[f"{scaling}_efficiency"] for each in predictions]
+
+    panels = _scaling_panels(("weak", "strong"), rows, curve)
     figure = draw_panels(title, panels, "devices", "efficiency", num_columns=2)
     for panel in figure.axes:
         panel.set_ylim(0, 1.05)
     return _log_x(figure)
+
+
+def _scaling_panels(
+    scalings: Sequence[str], rows: Sequence[Row], curve: Callable[[Row, str], tuple[ArrayLike, ArrayLike]]
+) -> Curves:
+    """Returns a panel for each way of scaling and placement, with a curve for each method."""
+    return {
+        f"{scaling} scaling, {placement}": {
+            row["method"]: curve(row, scaling) for row in rows if row["placement"] == placement
+        }
+        for scaling in scalings
+        for placement in dict.fromkeys(row["placement"] for row in rows)
+    }
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import optcurv
-from benchmarks.cost import RUNGE_KUTTA
+from benchmarks.cost import RUNGE_KUTTA, wide_trust_region
 from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
 from benchmarks.models import Batch, Mlp, Task, classification_loss
 from benchmarks.programs import Cost, read_cost, total
@@ -70,13 +70,10 @@ def edf(krylov_dim: int, curvature: CurvatureFn) -> Candidate:
 
 def trust_region(iterations: int) -> Candidate:
     """Returns the trust region so wide that every step takes all its products, with Gauss-Newton."""
-    curvature, solver = optcurv.gauss_newton_product, optcurv.steihaug(max_iter=iterations, tol=0.0)
-    optimizer = functools.partial(optcurv.trust_region, curvature=curvature, solver=solver, max_radius=1e6)
-    method = Method(
+    method = wide_trust_region(
         f"trust region G j={iterations}",
-        lambda radius: optimizer(initial_radius=radius),
-        "initial radius",
-        (1e6,),
+        optcurv.gauss_newton_product,
+        optcurv.steihaug(max_iter=iterations, tol=0.0),
         4 / 3 + 4 / 3 * iterations,
     )
     return Candidate(method, iterations)

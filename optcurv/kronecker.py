@@ -241,7 +241,7 @@ def refresh_powers(
 
 
 def _group_powers(
-    damped_power: Callable[[jax.Array, Power], tuple[Power, jax.Array]],
+    power_of: Callable[[jax.Array, Power], tuple[Power, jax.Array]],
     weight: jax.Array,
     factors: list[jax.Array],
     before: list[tuple[Power, jax.Array]],
@@ -249,7 +249,7 @@ def _group_powers(
     """Takes the powers of the factors of one size together; returns those of each, with their extremes."""
     previous = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(power for power, _ in before))
     stacked = jnp.concatenate(factors)
-    together = damped_power(stacked / weight.astype(stacked.dtype), previous)
+    together = power_of(stacked / weight.astype(stacked.dtype), previous)
     starts = [0, *itertools.accumulate(len(factor) for factor in factors)]
     return [
         jax.tree.map(lambda part, start=start, end=end: part[start:end], together)

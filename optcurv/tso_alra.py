@@ -41,7 +41,7 @@ from optcurv.switching import SwitchRule, switch
 from optcurv.taps import Layers, count_examples, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
-_OUTLIER = 1e4
+_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in
 
 
 class KroneckerInfo(NamedTuple):

@@ -15,6 +15,7 @@ import pytest
 import optcurv
 from tests import problems
 from tests.cases import CASES
+from tests.test_contract import assert_finite, make_step
 
 NUM_POISONED, NUM_CALM = 60, 30
 NUM_NETWORKS = 2
@@ -115,18 +116,12 @@ def test_poison_leaves_parameters_finite_and_a_spike_ruins_nothing(name, number)
     start, loss_of_batch = random_network(rng)
     optimizer = OPTIONS[name](rng)
 
-    @jax.jit
-    def step(params, state, batch):
-        loss = loss_of_batch(batch)
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state, params, value=value, grad=grads, value_fn=loss)
-        return optax.apply_updates(params, updates), state
-
+    step = jax.jit(make_step(optimizer, loss_of_batch))
     params, state = start, optimizer.init(start)
     before = layout((params, state))
     for n in range(NUM_POISONED):
         params, state = step(params, state, poisoned(rng, n))
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), f"after batch {n}"
+        assert_finite(params)
         assert layout((params, state)) == before
 
     def trained(spiked):

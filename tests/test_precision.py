@@ -5,12 +5,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import optcurv
 from tests import problems
 from tests.cases import every_case
+from tests.test_contract import make_step
 
 
 def precise_loss(batch):
@@ -93,12 +93,8 @@ def test_training_in_bfloat16_follows_float32():
     ends = []
     for dtype in (jnp.float32, jnp.bfloat16):
         params, optimizer = problems.network_params(dtype=dtype), optcurv.edf(1.0, 2)
-        loss, state = problems.network_loss(batch), optimizer.init(params)
-        step = jax.jit(
-            lambda params, state: optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)  # noqa: B023
-        )
+        step, state = jax.jit(make_step(optimizer, problems.network_loss)), optimizer.init(params)
         for _ in range(60):
-            updates, state = step(params, state)
-            params = optax.apply_updates(params, updates)
-        ends.append(float(loss(params)))
+            params, state = step(params, state, batch)
+        ends.append(float(problems.network_loss(batch)(params)))
     assert ends[1] == pytest.approx(ends[0], rel=0.1)

@@ -11,6 +11,7 @@ import optcurv
 from optcurv import Stop
 from tests import problems
 from tests.references import dense_curvature, dense_steihaug
+from tests.test_contract import make_step
 
 SADDLE = jnp.diag(jnp.array([2.0, 1.0, -0.5]))
 
@@ -260,14 +261,9 @@ def test_full_matrix_shape_refuses_a_network_too_large():
 def test_a_region_below_the_parameters_resolution_grows_out_of_it(make):
     """Steps that rounding to bfloat16 swallows neither lower the loss nor count against the model."""
     params = problems.network_params(dtype=jnp.bfloat16)
-    optimizer, loss = make(), problems.network_loss(problems.blobs())
-
-    @jax.jit
-    def step(params, state):
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
-        return optax.apply_updates(params, updates), state
-
+    optimizer, batch = make(), problems.blobs()
+    step, loss = jax.jit(make_step(optimizer, problems.network_loss)), problems.network_loss(batch)
     start, state = loss(params), optimizer.init(params)
     for _ in range(100):
-        params, state = step(params, state)
+        params, state = step(params, state, batch)
     assert loss(params) < 0.5 * start
