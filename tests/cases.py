@@ -64,7 +64,6 @@ def trust_region_case(name: str, *, needs_composite: bool = False, variant: bool
         static=("shape", "solver", "curvature", "seed"),
         needs_composite=needs_composite,
         curvature=True,
-        moves_without_gradient="lanczos" in name,
         variant=variant,
     )
 
@@ -105,16 +104,11 @@ CASES = [
     Case("adam-parabolic-linesearch", adam_with_linesearch),
     trust_region_case("trust-region", variant=False),
     trust_region_case(
-        "trust-region-adagrad-gauss-newton",
-        shape=optcurv.adagrad_shape(),
-        curvature=optcurv.gauss_newton_product,
-        needs_composite=True,
-    ),
-    trust_region_case(
-        "trust-region-full-matrix-lanczos",
+        "trust-region-full-matrix-gauss-newton",
         shape=optcurv.full_matrix_shape(decay=0.8, eps=1e-2),
-        solver=optcurv.lanczos(6),
+        curvature=optcurv.gauss_newton_product,
         initial_radius=1.0,
+        needs_composite=True,
     ),
     Case(
         "adaptive-cubic",

@@ -14,9 +14,14 @@ def dense_curvature(curvature, loss, params):
     flat, unravel = ravel_pytree(params)
     if curvature is optcurv.hessian_product:
         return np.asarray(jax.jit(jax.hessian(lambda w: loss(unravel(w))))(flat))
-    outputs, unravel_outputs = ravel_pytree(loss.model_fn(params))
-    jacobian = jax.jit(jax.jacobian(lambda w: ravel_pytree(loss.model_fn(unravel(w)))[0]))(flat)
-    return np.asarray(jacobian.T @ jax.hessian(lambda out: loss.loss_fn(unravel_outputs(out)))(outputs) @ jacobian)
+
+    @jax.jit
+    def gauss_newton(flat):
+        outputs, unravel_outputs = ravel_pytree(loss.model_fn(unravel(flat)))
+        jacobian = jax.jacobian(lambda w: ravel_pytree(loss.model_fn(unravel(w)))[0])(flat)
+        return jacobian.T @ jax.hessian(lambda out: loss.loss_fn(unravel_outputs(out)))(outputs) @ jacobian
+
+    return np.asarray(gauss_newton(flat))
 
 
 def dense_steihaug(b, g, m, radius, max_iter=50, tol=0.1):

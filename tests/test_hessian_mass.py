@@ -30,7 +30,7 @@ def test_mass_is_that_of_the_dense_hessian(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         params, loss = problems.network_params(dtype=dtype), problems.network_loss(problems.blobs(dtype=dtype))
         flat, unravel = jax.flatten_util.ravel_pytree(params)
-        expected = dense_mass(jax.hessian(lambda vector: loss(unravel(vector)))(flat))
+        expected = dense_mass(jax.jit(jax.hessian(lambda vector: loss(unravel(vector))))(flat))
         mass, error = jax.jit(lambda p: optcurv.diagonal_mass(optcurv.hessian_product(loss, p), p))(params)
         assert (mass.shape, mass.dtype, error.shape, error.dtype) == ((), dtype, (), dtype)
         assert float(mass) == pytest.approx(expected, rel=1e-5 if dtype == jnp.float32 else 1e-12)
@@ -51,7 +51,7 @@ def test_columns_of_bfloat16_parameters_are_summed_in_float32():
         return squares["a"] + squares["b"] + wide(params["a"][0]) * wide(params["b"])
 
     params = optax.tree.zeros_like(diagonal)
-    result = optcurv.diagonal_mass(optcurv.hessian_product(loss, params), params)
+    result = jax.jit(lambda params: optcurv.diagonal_mass(optcurv.hessian_product(loss, params), params))(params)
     trace = 2 * sum(float(wide(leaf).sum()) for leaf in jax.tree.leaves(diagonal))
     assert result.mass.dtype == jnp.float32
     assert float(result.mass) == pytest.approx(trace / (trace + 2), rel=1e-5)

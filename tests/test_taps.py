@@ -24,9 +24,13 @@ def normal(*shape, seed=0):
 def linen(module, *shape):
     """Returns parameters, the network as a function of them and of inputs, and inputs."""
     x = normal(*shape)
-    params = module.init(jax.random.key(0), x)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape, seed=1), params)
-    return params, lambda params, x: module.apply({"params": params}, x), x
+
+    @jax.jit
+    def init():
+        params = module.init(jax.random.key(0), x)["params"]
+        return jax.tree.map(lambda leaf: leaf + 0.1 * normal(*leaf.shape, seed=1).astype(leaf.dtype), params)
+
+    return init(), lambda params, x: module.apply({"params": params}, x), x
 
 
 class Shared(nn.Module):
@@ -123,6 +127,12 @@ def tapped(loss, params, **options):
     return optcurv.layers(loss, params), jax.jit(lambda params: tap(loss, params, **options)[1])(params)
 
 
+@jax.jit
+def measured(taps):
+    """The Kronecker factors of each layer."""
+    return [KRONECKER.measure(uses, [False, False]) for uses in taps]
+
+
 def problem(name):
     params, network, x = NETWORKS[name]()
     targets = normal(*jax.eval_shape(network, params, x).shape, seed=3)
@@ -138,26 +148,36 @@ def matrices(layer, params):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_taps_give_per_example_gradients_and_leaves_undoes_parts(name):
     params, network, x, targets = problem(name)
+    loss = mean_loss(network, x, targets)
     one = lambda params, x, target: jnp.sum(jnp.tanh(network(params, x[None])[0]) * target)  # noqa: E731
-    expected = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(params, x, targets)
-    found, taps = tapped(mean_loss(network, x, targets), params)
+    found = optcurv.layers(loss, params)
+
+    @jax.jit
+    def of_each_layer(params):
+        """From taps, by `jax.vmap` of `jax.grad`, and the leaves again."""
+        expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
+        leaves, (_, taps), rows = jax.tree.leaves(params), tap(loss, params), []
+        for layer, uses in zip(found.found, taps, strict=True):
+            actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
+            reference = jax.vmap(functools.partial(matrices, layer))(expected)
+            rows.append((actual, reference, layer.leaves(layer.parts(leaves), leaves)))
+        return rows
+
     leaves = jax.tree.leaves(params)
     assert {leaf for layer in found.found for leaf in (layer.kernel, layer.bias) if leaf is not None} == set(
         range(len(leaves))
     )
-    for layer, uses in zip(found.found, taps, strict=True):
-        actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
-        reference = jax.vmap(functools.partial(matrices, layer))(expected)
-        for place, leaf in layer.leaves(layer.parts(leaves), leaves).items():
+    for layer, (actual, reference, again) in zip(found.found, of_each_layer(params), strict=True):
+        for place, leaf in again.items():
             np.testing.assert_array_equal(leaf, leaves[place])
-        scale = jnp.abs(reference).max()
         tolerance = 1e-2 if leaves[layer.kernel].dtype == jnp.bfloat16 else 1e-5
-        np.testing.assert_allclose(actual / scale, reference / scale, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance * np.abs(reference).max())
 
 
 # The factors, with inputs and outputs caught by Flax.
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def caught_factors(network, params, x, targets):
     """Returns A and B of every kernel, by its path, from inputs and output gradients that Flax's interceptors see."""
     kinds = (nn.Dense, nn.DenseGeneral, nn.Conv)
@@ -187,9 +207,9 @@ def caught_factors(network, params, x, targets):
     )(perturbations)
     factors = {}
     for path, uses in gradient.items():
-        a = np.concatenate([inputs[path][number].reshape(-1, inputs[path][number].shape[-1]) for number in uses])
-        b = np.concatenate([use.reshape(-1, output_size(params, path)) for use in uses.values()])
-        a = np.concatenate([a, np.full((len(a), 1), params_at(params, path, "bias") is not None)], axis=1)
+        a = jnp.concatenate([inputs[path][number].reshape(-1, inputs[path][number].shape[-1]) for number in uses])
+        b = jnp.concatenate([use.reshape(-1, output_size(params, path)) for use in uses.values()])
+        a = jnp.concatenate([a, jnp.full((len(a), 1), params_at(params, path, "bias") is not None)], axis=1)
         factors[path] = a.T @ a / N, b.T @ b / len(b)
     return factors
 
@@ -237,8 +257,8 @@ def test_factors_equal_those_of_inputs_and_outputs_caught_by_flax(name):
     found, taps = tapped(mean_loss(network, x, targets), params)
     expected = caught_factors(network, params, x, targets)
     assert expected.keys() == {layer.path for layer in found.found}
-    for layer, uses in zip(found.found, taps, strict=True):
-        for actual, reference in zip(KRONECKER.measure(uses, [False, False]), expected[layer.path], strict=True):
+    for layer, factors in zip(found.found, measured(taps), strict=True):
+        for actual, reference in zip(factors, expected[layer.path], strict=True):
             np.testing.assert_allclose(actual[0], reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 
@@ -247,7 +267,7 @@ def test_groups_have_the_factors_of_convolutions_of_their_own(name):
     params, network, x, targets = problem(name)
     groups = 2 if name == "conv-grouped" else 4
     loss = mean_loss(network, x, targets)
-    (together,) = KRONECKER.measure(tapped(loss, params)[1][0], [False, False])[:1]
+    [(together, _)] = measured(tapped(loss, params)[1])
 
     def apart(split, x):
         outputs = [
@@ -259,8 +279,8 @@ def test_groups_have_the_factors_of_convolutions_of_their_own(name):
     split = {"kernels": jnp.split(params["kernel"], groups, -1), "biases": jnp.split(params["bias"], groups)}
     found, taps = tapped(mean_loss(apart, x, targets), split)
     assert len(found.found) == groups
-    for group, uses in enumerate(taps):
-        np.testing.assert_allclose(together[group], KRONECKER.measure(uses, [False, False])[0][0], rtol=1e-5)
+    for group, (alone, _) in enumerate(measured(taps)):
+        np.testing.assert_allclose(together[group], alone[0], rtol=1e-5)
 
 
 # Loops.
@@ -289,12 +309,11 @@ def assert_same_factors(looped, unrolled, num_uses):
     found, taps = looped
     assert [layer.path for layer in found.found] == [layer.path for layer in unrolled[0].found]
     assert all(layer.num_uses == num_uses for layer in unrolled[0].found)
-    for uses, expected in zip(taps, unrolled[1], strict=True):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
-            KRONECKER.measure(uses, [False, False]),
-            KRONECKER.measure(expected, [False, False]),
-        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
+        measured(taps),
+        measured(unrolled[1]),
+    )
 
 
 def test_scan_over_layers_equals_the_layers_one_by_one():
@@ -309,10 +328,9 @@ def test_scan_over_layers_equals_the_layers_one_by_one():
     layers = {"blocks": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)], "head": params["Dense_0"]}
     found, taps = tapped(mean_loss(network, x, targets), params)
     (index,) = [i for i, layer in enumerate(found.found) if layer.stack == 3]
-    factors = KRONECKER.measure(taps[index], [False, False])
     _, apart = tapped(mean_loss(one_by_one, x, targets), layers)
-    for i in range(3):
-        for stack, alone in zip(factors, KRONECKER.measure(apart[i], [False, False]), strict=True):
+    for i, factors in enumerate(measured(apart)[:3]):
+        for stack, alone in zip(measured(taps)[index], factors, strict=True):
             np.testing.assert_allclose(stack[i], alone[0], rtol=1e-4, atol=1e-6)
 
 
@@ -352,9 +370,9 @@ def test_number_of_examples():
 
     with pytest.raises(ValueError, match=r"leading axes of sizes 5 \(\['v'\]\), 30 .*Pass batch_size"):
         tap(tokens, params)
-    _, expected = tap(lambda p: jnp.mean(jnp.tanh(x @ p["v"]) @ p["w"]), params)
+    _, expected = tapped(lambda p: jnp.mean(jnp.tanh(x @ p["v"]) @ p["w"]), params)
     for loss in (tokens, time_first):
-        _, taps = tap(loss, params, batch_size=N)
+        _, taps = tapped(loss, params, batch_size=N)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), taps, expected)
     with pytest.raises(ValueError, match="hold no 7 examples"):
         tap(tokens, params, batch_size=7)
@@ -364,16 +382,12 @@ def test_a_grid_of_positions_stands_for_all():
     """Where all patches of an image are alike, any of them will do."""
     images = jnp.ones((N, 12, 12, 2)) * normal(N, 1, 1, 1)
     conv = nn.Conv(3, (3, 3), padding="VALID")
-    params = conv.init(jax.random.key(0), images)["params"]
+    params = jax.jit(conv.init)(jax.random.key(0), images)["params"]
     loss = lambda p: jnp.mean(conv.apply({"params": p}, images) ** 2)  # noqa: E731
-    (whole,), (grid,) = tap(loss, params)[1][0], tap(loss, params, max_positions=9)[1][0]
-    assert whole.inputs.shape[2] == 100
-    assert grid.inputs.shape[2] == 9
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-        KRONECKER.measure([grid], [False, False]),
-        KRONECKER.measure([whole], [False, False]),
-    )
+    (_, whole), (_, grid) = tapped(loss, params), tapped(loss, params, max_positions=9)
+    assert whole[0][0].inputs.shape[2] == 100
+    assert grid[0][0].inputs.shape[2] == 9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), measured(grid), measured(whole))
 
 
 def test_a_bias_whose_entries_change_places_stays_alone():

@@ -12,7 +12,7 @@ from tests import problems
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape))
+    return np.random.default_rng(seed + sum(shape)).normal(size=shape)
 
 
 def data(seed, num_examples):
@@ -29,20 +29,21 @@ def loss_on(x, y):
 def two_layers(num_examples=7):
     """A network with biases, its loss on a batch of a given seed, and by hand what its layers see of that batch."""
     params = {"b": {"bias": normal(2) * 0.1, "kernel": normal(3, 2)}, "a": {"bias": normal(3), "kernel": normal(4, 3)}}
+    params = jax.tree.map(jnp.asarray, params)
 
     def loss_of(seed):
         return loss_on(*data(seed, num_examples))
 
     def layer_moments(p, seed):
         """Inputs and output gradients by hand, per layer."""
-        x, y = data(seed, num_examples)
-        hidden = jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
+        (x, y), p = data(seed, num_examples), jax.device_get(p)
+        hidden = np.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
         last = hidden @ p["b"]["kernel"] + p["b"]["bias"] - y
         first = (last @ p["b"]["kernel"].T) * (1 - hidden**2)
         ones = np.ones((num_examples, 1))
         return {
-            "a": (np.concatenate([x, ones], axis=1), np.asarray(first)),
-            "b": (np.concatenate([hidden, ones], axis=1), np.asarray(last)),
+            "a": (np.concatenate([x, ones], axis=1), first),
+            "b": (np.concatenate([hidden, ones], axis=1), last),
         }
 
     return params, loss_of, layer_moments
@@ -104,7 +105,7 @@ def test_diagonal_is_rmsprop_per_example():
 def unit_problem():
     """Inputs and output gradients whose second moments are the identity."""
     x, targets = 2 * jnp.eye(4), 2 * jnp.eye(4)[:, ::-1]
-    params = {"w": normal(4, 4).astype(jnp.float32)}
+    params = {"w": jnp.asarray(normal(4, 4), jnp.float32)}
     return params, lambda p: jnp.mean(jnp.sum((x @ p["w"]) * targets, axis=1))
 
 
@@ -168,8 +169,8 @@ def test_root_of_the_factors_keeps_the_length_in_the_fishers_norm():
     """‖F^{-1/2} u‖ in the norm of F is ‖u‖."""
     params, loss_of, layer_moments = two_layers()
     optimizer = optcurv.scale_by_kronecker(damping=0.0)
-    u = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=9), params)
-    moved, _ = optimizer.update(u, optimizer.init(params), params, value_fn=loss_of(0))
+    u = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape, seed=9)), params)
+    moved, _ = jax.jit(lambda u: optimizer.update(u, optimizer.init(params), params, value_fn=loss_of(0)))(u)
     for name, (a, b) in layer_moments(params, 0).items():
         matrix = matrix_of(moved[name])
         length = np.einsum("io,ij,jp,op->", matrix, a.T @ a / len(a), matrix, b.T @ b / len(b))

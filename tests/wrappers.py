@@ -1,7 +1,8 @@
 """What optax's wrappers do to a method that needs the loss closure, wrapper by wrapper.
 
-A wrapper either leaves the method's path as it is ("same"), changes it in its own way but still learns ("learns"), or
-fails with an error that the table names. Known costs stand in the comments.
+A wrapper either leaves the method's path as it is ("same"; one of several mini-steps, if their batches are equal),
+changes it in its own way but still learns ("learns"), or fails with an error that the table names. Known costs stand in
+the comments.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ class Wrapper:
     name: str
     wrap: Callable[[Case], optax.GradientTransformationExtraArgs | optax.MultiSteps]
     holds: str = "same"
+    mini_steps: int = 1
     error: type[Exception] | None = None
     message: str = ""
 
@@ -49,9 +51,8 @@ WRAPPERS = [
     # A lax.cond around the method: convolutions inside are slow on CPU, and the gradient is not shared with the caller.
     Wrapper("apply_if_finite", lambda case: optax.apply_if_finite(case.make(), 5)),
     Wrapper("conditionally_transform", lambda case: optax.conditionally_transform(case.make(), always)),
-    Wrapper("MultiSteps-1", lambda case: optax.MultiSteps(case.make(), 1)),
     # The inner update runs, and pays for its products, on every mini-step, and sees the mini-batch's closure.
-    Wrapper("MultiSteps-2", lambda case: optax.MultiSteps(case.make(), 2), holds="learns"),
+    Wrapper("MultiSteps", lambda case: optax.MultiSteps(case.make(), 2), mini_steps=2),
     Wrapper("schedule_free", lambda case: optax.contrib.schedule_free(case.make(), 0.5), holds="learns"),
     Wrapper("mechanize", lambda case: optax.contrib.mechanize(case.make()), holds="learns"),
     # The extra arguments are dropped on the way; our error says so.
