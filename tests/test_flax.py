@@ -35,7 +35,7 @@ class BatchNormTrainState(TrainState):
 @every_method
 def test_linen_with_dropout_and_batch_norm_in_a_train_state(case):
     net = LinenNetwork()
-    variables = net.init(jax.random.key(0), problems.blobs().x, train=False)
+    variables = jax.jit(net.init, static_argnames="train")(jax.random.key(0), problems.blobs().x, train=False)
     state = BatchNormTrainState.create(
         apply_fn=net.apply, params=variables["params"], batch_stats=variables["batch_stats"], tx=case.make()
     )
