@@ -1,8 +1,8 @@
 """What optax's wrappers do to a method that needs the loss closure, wrapper by wrapper.
 
-A wrapper either leaves the method's path as it is ("same"; one of several mini-steps, if their batches are equal),
-changes it in its own way but still learns ("learns"), or fails with an error that the table names. Known costs stand in
-the comments.
+A wrapper either leaves the method's path as it is ("same"; one of several mini-steps, if their batches are equal,
+and else it learns), changes it in its own way but still learns ("learns"), or fails with an error that the table names.
+Known costs stand in the comments.
 """
 
 import dataclasses
