@@ -143,6 +143,7 @@ def test_loss_that_is_no_real_scalar(value):
         optcurv.hessian_product(lambda w: jnp.sum(w) * 0 + value if value.shape else value, jnp.ones(2))
 
 
+@pytest.mark.xfail(jax.__version_info__ < (0, 11, 1), reason="older JAX loses it in any product", strict=True)
 @pytest.mark.parametrize("curvature", [optcurv.hessian_product, optcurv.gauss_newton_product])
 def test_remat_keeps_its_saving_inside_of_products(curvature):
     """What a model takes again rather than keep, products in a loop take again too."""
