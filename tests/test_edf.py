@@ -35,10 +35,8 @@ def run(optimizer, params, loss, num_steps):
 def dense_system(curvature):
     """The gradient, and the dense matrix, of the small network's loss in float64."""
     with jax.enable_x64(True):
-        params, loss = (
-            problems.network_params(dtype=jnp.float64),
-            problems.network_loss(problems.blobs(dtype=jnp.float64)),
-        )
+        params = problems.network_params(dtype=jnp.float64)
+        loss = problems.network_loss(problems.blobs(dtype=jnp.float64))
         gradient = ravel_pytree(jax.jit(jax.grad(loss))(params))[0]
         return np.asarray(gradient), dense_curvature(curvature, loss, params)
 

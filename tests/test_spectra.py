@@ -10,14 +10,14 @@ import scipy.stats
 
 import optcurv
 from tests import problems
+from tests.references import dense_curvature
 
 
 @functools.cache
 def hessian(hidden=286):
     """Returns the parameters of a network of some 2 000, its loss, and its dense Hessian with eigenvalues."""
     params, loss = problems.network_params(hidden=hidden), problems.network_loss(problems.blobs())
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    dense = np.asarray(jax.jit(jax.hessian(lambda vector: loss(unravel(vector))))(flat), np.float64)
+    dense = dense_curvature(optcurv.hessian_product, loss, params).astype(np.float64)
     assert len(dense) > 2000
     return params, loss, dense, np.linalg.eigvalsh(dense)
 

@@ -327,10 +327,10 @@ def test_scan_over_layers_equals_the_layers_one_by_one():
 
     layers = {"blocks": [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)], "head": params["Dense_0"]}
     found, taps = tapped(mean_loss(network, x, targets), params)
-    (index,) = [i for i, layer in enumerate(found.found) if layer.stack == 3]
+    (stacks,) = [factors for layer, factors in zip(found.found, measured(taps), strict=True) if layer.stack == 3]
     _, apart = tapped(mean_loss(one_by_one, x, targets), layers)
     for i, factors in enumerate(measured(apart)[:3]):
-        for stack, alone in zip(measured(taps)[index], factors, strict=True):
+        for stack, alone in zip(stacks, factors, strict=True):
             np.testing.assert_allclose(stack[i], alone[0], rtol=1e-4, atol=1e-6)
 
 
