@@ -216,7 +216,7 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
             product = matvec(p)
             curvature = jnp.asarray(optax.tree.vdot(p, product))
             room = jnp.maximum(radius**2 - s_s, 0.0)
-            to_boundary = room / (s_p + jnp.sqrt(s_p**2 + p_p * room))
+            to_boundary = room * _inverse(s_p + jnp.sqrt(s_p**2 + p_p * room))  # 0 where squares underflow
             to_minimum = rho / jnp.where(curvature > 0, curvature, 1.0)
             inside = (curvature > 0) & (to_minimum < to_boundary)
             length = jnp.where(inside, to_minimum, to_boundary)
@@ -271,43 +271,50 @@ class _ConjugateGradients(NamedTuple):
     stop: jax.Array
 
 
-def lanczos(max_iter: int = 10) -> Solver:
-    r"""The trust region model's global minimiser in a Krylov space that holds its negative curvature.
+def lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
+    r"""The trust region model's global minimiser in the Krylov space of the gradient.
 
-    Minimises :math:`m(s) = g^\top s + \tfrac12 s^\top B s` subject to :math:`\|s\|_M \le \Delta` over the space
-    spanned by two Krylov sequences of :math:`M^{-1} B`, one from the gradient, as in GLTR (Gould, Lucidi, Roma and
-    Toint 1999), and one from a random vector. The step decreases the model at least as much as the Cauchy point and, as
-    the second sequence finds the lowest eigenvalue, as the eigenpoint: Assumption 2 of "Adaptive norms for deep
-    learning with regularized Newton methods", which Steihaug's solver does not meet. It leaves a strict saddle even
-    where the gradient is zero.
+    Minimises :math:`m(s) = g^\top s + \tfrac12 s^\top B s` subject to :math:`\|s\|_M \le \Delta` over the Krylov
+    space of :math:`M^{-1} B` from :math:`M^{-1} g`: GLTR (Gould, Lucidi, Roma and Toint 1999). The step decreases the
+    model at least as much as the Cauchy point. Unlike Steihaug's solver it goes on after it has met negative curvature
+    or the boundary.
 
-    All `max_iter` products are taken, unless the space is exhausted before, and as many vectors are kept.
+    Where the space ends before the products do, as at a saddle, where the gradient is zero, a second sequence starts
+    from a random vector. A strict saddle is therefore left even where the gradient is zero. With `tol=0` and as many
+    products as dimensions, the step decreases the model at least as much as the eigenpoint: Assumption 2 of "Adaptive
+    norms for deep learning with regularized Newton methods", which Steihaug's solver does not meet. With fewer
+    products, it does so as far as the space holds the lowest eigenvector.
+
+    One vector is kept for each product.
 
     Args:
-      max_iter: products, and dimension of the space, at least 2.
+      max_iter: the most products taken, and the dimension of the space, at least 1.
+      tol: κ ≥ 0; stops where no negative curvature has been met and the residual of Newton's equation falls below
+        :math:`\|g\| \min(\kappa, \sqrt{\|g\|})`, in the norm of :math:`M^{-1}`.
 
     Returns:
       The solver, for `optcurv.trust_region`.
 
     Raises:
-      ValueError: if `max_iter` is below 2.
+      ValueError: if a number is out of range.
       TypeError: if `max_iter` is not a Python int.
 
     Example:
-      A saddle, with no gradient along its way down:
+      A saddle, where the gradient is zero:
 
       >>> import jax, jax.numpy as jnp, optcurv
       >>> ball = optcurv.Metric(apply=lambda v: v, inverse=lambda v: v)
       >>> solve = optcurv.lanczos(max_iter=2)
-      >>> g = jnp.array([1.0, 0.0])
+      >>> g = jnp.array([0.0, 0.0])
       >>> found = solve(lambda v: jnp.array([1.0, -1.0]) * v, g, ball, jnp.array(1.0), jax.random.key(0))
-      >>> print(found.predicted_decrease, optcurv.Stop(int(found.stop)).name)
-      0.75 NEGATIVE_CURVATURE
+      >>> print(found.predicted_decrease.round(3), optcurv.Stop(int(found.stop)).name)
+      0.5 NEGATIVE_CURVATURE
     """
-    _check_two_sequences(max_iter)
+    check_count("max_iter", max_iter)
+    check_number("tol", tol, minimum=0.0)
 
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
-        space = _krylov_space(matvec, gradient, metric, max_iter, key)
+        space = _krylov_space(matvec, gradient, metric, max_iter, tol, key)
         minimizer = minimize_in_ball(space.operator, space.gradient, radius)
         at_boundary = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.BOUNDARY)
         stop = jnp.where(minimizer.multiplier > 0, at_boundary, Stop.CONVERGED)
@@ -316,37 +323,33 @@ def lanczos(max_iter: int = 10) -> Solver:
     return solve
 
 
-def cubic_lanczos(max_iter: int = 10) -> Solver:
+def cubic_lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
     r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `lanczos`.
 
     σ stands in the place of the radius, and the predicted decrease is that of the cubic model.
 
     Args:
-      max_iter: products, and dimension of the space, at least 2.
+      max_iter: the most products taken, and the dimension of the space, at least 1.
+      tol: as in `lanczos`.
 
     Returns:
       The solver.
 
     Raises:
-      ValueError: if `max_iter` is below 2.
+      ValueError: if a number is out of range.
       TypeError: if `max_iter` is not a Python int.
     """
-    _check_two_sequences(max_iter)
+    check_count("max_iter", max_iter)
+    check_number("tol", tol, minimum=0.0)
 
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, weight: jax.Array, key: jax.Array) -> ModelStep:
-        space = _krylov_space(matvec, gradient, metric, max_iter, key)
+        space = _krylov_space(matvec, gradient, metric, max_iter, tol, key)
         minimizer = minimize_cubic(space.operator, space.gradient, weight)
         stop = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.CONVERGED)
         cubic_term = weight / 3 * jnp.linalg.norm(minimizer.point) ** 3
         return _step_in_space(space, minimizer, stop, cubic_term)
 
     return solve
-
-
-def _check_two_sequences(max_iter: int) -> None:
-    check_count("max_iter", max_iter)
-    if max_iter < 2:
-        raise ValueError(f"max_iter must be at least 2, for the gradient and a random vector, got {max_iter}.")
 
 
 class _KrylovSpace(NamedTuple):
@@ -358,39 +361,74 @@ class _KrylovSpace(NamedTuple):
     size: jax.Array
     products: jax.Array
     least_square: jax.Array  # of the squared norms met: negative if M is not positive definite, NaN if one overflowed
+    restarted: jax.Array  # whether the second sequence has begun
+    # Of the first sequence, T = LDL' and Lz = -Q'g: the last entries of D and z, whether D has been positive, and the
+    # norm of the residual of Th = -Q'g, infinite if not.
+    pivot: jax.Array
+    coefficient: jax.Array
+    definite: jax.Array
+    residual: jax.Array
 
 
-def _krylov_space(matvec: MatVec, gradient: PyTree, metric: Metric, dimension: int, key: jax.Array) -> _KrylovSpace:
-    """Band Lanczos from M⁻¹g and a random vector, each new vector orthogonalised against all before.
+def _krylov_space(
+    matvec: MatVec, gradient: PyTree, metric: Metric, dimension: int, tol: float, key: jax.Array
+) -> _KrylovSpace:
+    """Lanczos from M⁻¹g, each new vector orthogonalised against all before; where that ends, from a random vector."""
 
-    A vector that adds nothing ends its sequence. Between them the two then hold the global minimiser: the first what
-    solves (B + λM) s = -g, the second a lowest eigenvector.
-    """
-
-    def append(space: _KrylovSpace, dual: PyTree) -> _KrylovSpace:
-        vector, is_new, square = _orthonormalized(metric, space.basis, dual)
+    def append(space: _KrylovSpace, dual: PyTree) -> tuple[_KrylovSpace, jax.Array]:
+        """Adds M⁻¹ times a vector to the basis, if it is new to it; returns also the length of what is new."""
+        vector, length, square = _orthonormalized(metric, space.basis, dual)
         basis = jax.tree.map(lambda q, v: q.at[space.size].set(v, mode="drop"), space.basis, vector)
-        size = jnp.minimum(space.size + is_new, dimension)
+        size = jnp.minimum(space.size + (length > 0), dimension)
         square = jnp.where(jnp.isfinite(square), square, jnp.nan)
-        return space._replace(basis=basis, size=size, least_square=jnp.minimum(space.least_square, square))
+        least_square = jnp.minimum(space.least_square, square)
+        return space._replace(basis=basis, size=size, least_square=least_square), length
+
+    def restart(space: _KrylovSpace) -> _KrylovSpace:
+        random = optax.tree.random_like(key, gradient, jax.random.normal)
+        return append(space._replace(restarted=jnp.ones((), bool)), random)[0]
+
+    def if_exhausted_restart(space: _KrylovSpace) -> _KrylovSpace:
+        exhausted = (space.products == space.size) & (space.size < dimension) & ~space.restarted
+        return jax.lax.cond(exhausted, restart, lambda space: space, space)
 
     def expand(space: _KrylovSpace) -> _KrylovSpace:
         product = matvec(jax.tree.map(lambda q: q[space.products], space.basis))
-        operator = space.operator.at[:, space.products].set(_coordinates(space.basis, product))
-        return append(space._replace(operator=operator, products=space.products + 1), product)
+        column = _coordinates(space.basis, product)
+        operator = space.operator.at[:, space.products].set(column)
+        is_first, multiplier = space.products == 0, column[space.products - 1] * _inverse(space.pivot)
+        pivot = column[space.products] - jnp.where(is_first, 0.0, multiplier * column[space.products - 1])
+        coefficient = jnp.where(is_first, 1.0, -multiplier) * space.coefficient
+        space, length = append(space._replace(operator=operator, products=space.products + 1), product)
+        definite = space.definite & (pivot > 0)
+        residual = jnp.where(definite, length * jnp.abs(coefficient * _inverse(pivot)), jnp.inf)
+        space = space._replace(pivot=pivot, coefficient=coefficient, definite=definite, residual=residual)
+        return if_exhausted_restart(space)
 
     basis = jax.tree.map(lambda leaf: jnp.zeros((dimension, *leaf.shape), leaf.dtype), gradient)
-    coordinates = _coordinates(basis, gradient)
-    nothing = jnp.zeros((), jnp.int32)
-    operator = jnp.zeros((dimension, dimension), coordinates.dtype)
-    space = _KrylovSpace(basis, operator, coordinates, nothing, nothing, jnp.zeros((), coordinates.dtype))
-    starts = jax.tree.map(
-        lambda *pair: jnp.stack(pair), gradient, optax.tree.random_like(key, gradient, jax.random.normal)
+    zeros, false = _coordinates(basis, gradient), jnp.zeros((), bool)
+    space = _KrylovSpace(
+        basis=basis,
+        operator=jnp.zeros((dimension, dimension), zeros.dtype),
+        gradient=zeros,
+        size=jnp.zeros((), jnp.int32),
+        products=jnp.zeros((), jnp.int32),
+        least_square=zeros[0],
+        restarted=false,
+        pivot=zeros[0],
+        coefficient=zeros[0],
+        definite=~false,
+        residual=zeros[0] + jnp.inf,
     )
-    space, _ = jax.lax.scan(lambda space, dual: (append(space, dual), None), space, starts)
-    space = jax.lax.while_loop(lambda space: space.products < space.size, expand, space)
+    space, norm = append(space, gradient)
+    space = if_exhausted_restart(space._replace(coefficient=norm))
+    tolerance = norm * jnp.minimum(tol, jnp.sqrt(norm))
+    goes_on = lambda space: (space.products < space.size) & (space.restarted | (space.residual > tolerance))  # noqa: E731
+    space = jax.lax.while_loop(goes_on, expand, space)
     upper = jnp.triu(space.operator)  # a column was computed before the rows below its diagonal
-    return space._replace(operator=upper + jnp.triu(upper, 1).T, gradient=_coordinates(space.basis, gradient))
+    # The last vector may be one that no product was taken with.
+    coordinates = jnp.where(jnp.arange(dimension) < space.products, _coordinates(space.basis, gradient), 0.0)
+    return space._replace(operator=upper + jnp.triu(upper, 1).T, gradient=coordinates)
 
 
 class Tridiagonal(NamedTuple):
@@ -432,7 +470,11 @@ def tridiagonalize(matvec: MatVec, start: PyTree, num_steps: int) -> Tridiagonal
 
 
 def _orthonormalized(metric: Metric, basis: PyTree, dual: PyTree) -> tuple[PyTree, jax.Array, jax.Array]:
-    """Returns M⁻¹ times a vector made M-orthonormal to a basis, whether it is new to it, and its squared norm."""
+    """Makes M⁻¹ times a vector M-orthonormal to a basis.
+
+    Returns it, its length before it was normalised (0 if it is not new to the basis, and the vector then is zero), and
+    its squared norm at the very start.
+    """
     vector = metric.inverse(dual)
     square = jnp.asarray(optax.tree.vdot(dual, vector))
     vector = optax.tree.sub(vector, combine(_coordinates(basis, dual), basis))
@@ -440,8 +482,9 @@ def _orthonormalized(metric: Metric, basis: PyTree, dual: PyTree) -> tuple[PyTre
     vector = optax.tree.sub(vector, combine(_coordinates(basis, metric.apply(vector)), basis))
     rest = jnp.asarray(optax.tree.vdot(vector, metric.apply(vector)))
     is_new = rest > (100 * jnp.finfo(rest.dtype).eps) ** 2 * square
-    scale = jnp.where(is_new, jax.lax.rsqrt(jnp.where(is_new, rest, 1.0)), 0.0)
-    return optax.tree.where(is_new, optax.tree.scale(scale, vector), optax.tree.zeros_like(vector)), is_new, square
+    length = jnp.where(is_new, jnp.sqrt(jnp.where(is_new, rest, 1.0)), 0.0)
+    vector = optax.tree.where(is_new, optax.tree.scale(_inverse(length), vector), optax.tree.zeros_like(vector))
+    return vector, length, square
 
 
 def _coordinates(basis: PyTree, dual: PyTree) -> jax.Array:

@@ -34,31 +34,31 @@ def parabola_curvature(
     return ((value_at_step - value) / step - slope) / (step / 2)
 
 
-def decrease_ratio(value: Array, value_at_step: Array, predicted_decrease: Array, noise: Array | float = 0.0) -> Array:
-    r"""How well a model foretold the loss, :math:`\rho = (L(w) - L(w+s)) / (m(0) - m(s))`.
+def decrease_ratio(value: Array, decrease: Array, predicted_decrease: Array, noise: Array | float = 0.0) -> Array:
+    r"""How well a model predicted the loss, :math:`\rho = (L(w) - L(w+s)) / (m(0) - m(s))`.
 
     Rounding of the loss is allowed for: ten units of it and the noise are added above and below, so that a step whose
     decrease drowns in them has ρ = 1 and does not count against the model (Conn, Gould and Toint 2000, section 17.4.2).
 
     Args:
       value: :math:`L(w)`.
-      value_at_step: :math:`L(w + s)`.
+      decrease: :math:`L(w) - L(w + s)`.
       predicted_decrease: :math:`m(0) - m(s)`, not negative.
       noise: what else blurs the difference of the values, such as parameters of few bits; not negative.
 
     Returns:
-      The ratio; minus infinity where it or the loss after the step is not a number, or no decrease was predicted.
+      The ratio; minus infinity where it or the decrease is not finite, or no decrease was predicted.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optcurv.quadratic import decrease_ratio
-      >>> print(decrease_ratio(jnp.array(3.0), jnp.array(2.0), jnp.array(4.0)))
+      >>> print(decrease_ratio(jnp.array(3.0), jnp.array(1.0), jnp.array(4.0)))
       0.25
     """
     rounding = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value) + noise
-    actual, predicted = value - value_at_step + rounding, predicted_decrease + rounding
+    actual, predicted = decrease + rounding, predicted_decrease + rounding
     ratio = jnp.where((actual == 0) & (predicted == 0), 1.0, actual / predicted)
-    return jnp.where((predicted >= 0) & ~jnp.isnan(ratio) & jnp.isfinite(value_at_step), ratio, -jnp.inf)
+    return jnp.where((predicted >= 0) & ~jnp.isnan(ratio) & jnp.isfinite(decrease), ratio, -jnp.inf)
 
 
 class Minimizer(NamedTuple):

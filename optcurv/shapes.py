@@ -151,7 +151,8 @@ def full_matrix_shape(
 
     :math:`G = \sum_t g_t g_t^\top` (Adagrad, Eq. 2 of "Adaptive norms for deep learning with regularized Newton
     methods"), or with `decay` :math:`G \leftarrow \beta G + (1 - \beta) g g^\top` (RMSProp, Eq. 3). An update
-    decomposes a d×d matrix, in time d³, and the state holds three of them.
+    decomposes a d×d matrix, in time d³, and the state holds three of them. Eigenvalues of G below d times the dtype's
+    resolution of the largest are raised to it: in float32 they are rounding, which a small ε would amplify.
 
     Args:
       decay: β in [0, 1]; None (default) sums without forgetting.
@@ -196,9 +197,11 @@ def full_matrix_shape(
         else:
             second_moment = decay * state.second_moment + (1 - decay) * outer
         eigenvalues, eigenvectors = jnp.linalg.eigh(second_moment)
+        rounding = flat.size * jnp.finfo(flat.dtype).eps * eigenvalues[-1]
+        eigenvalues = jnp.maximum(eigenvalues, rounding) + eps
 
         def to_the_power(exponent: float) -> jax.Array:
-            scaled = eigenvectors * (jnp.maximum(eigenvalues, 0) + eps) ** exponent
+            scaled = eigenvectors * eigenvalues**exponent
             return jnp.matmul(scaled, eigenvectors.T, precision="highest")
 
         return FullMatrixState(second_moment, to_the_power(power), to_the_power(-power))

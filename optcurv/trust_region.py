@@ -66,6 +66,8 @@ class RegularizedNewtonState(NamedTuple):
       count: steps taken, for schedules.
       size: the radius Δ, or the weight σ, of the next step.
       shape: the shape's own state.
+      largest: the largest norm of a gradient that the shape has seen.
+      refused: whether the last gradient was refused.
       key: of the solver's random vectors, as key data.
       info: of the last step.
     """
@@ -73,6 +75,8 @@ class RegularizedNewtonState(NamedTuple):
     count: jax.typing.ArrayLike
     size: jax.Array
     shape: Any
+    largest: jax.Array
+    refused: jax.Array
     key: jax.Array
     info: TrustRegionInfo | AdaptiveCubicInfo
 
@@ -82,7 +86,8 @@ def trust_region(
     shape: Shape = rmsprop_shape(),  # noqa: B008  a tuple of pure functions
     solver: Solver = steihaug(),  # noqa: B008
     curvature: CurvatureFn = hessian_product,
-    initial_radius: chex.Numeric = 1e-2,
+    initial_radius: chex.Numeric = 5e-2,
+    min_radius: optax.ScalarOrSchedule = 1e-8,
     max_radius: optax.ScalarOrSchedule = 10.0,
     accept_ratio: optax.ScalarOrSchedule = 1e-2,
     grow_ratio: optax.ScalarOrSchedule = 0.95,
@@ -100,16 +105,19 @@ def trust_region(
     :math:`\rho \ge \eta_1`. The radius then becomes
 
     .. math:: \Delta \leftarrow \begin{cases} \min(\gamma_1 \Delta, \Delta_{\max}) & \rho \ge \eta_2 \\
-        \Delta & \eta_1 \le \rho < \eta_2 \\ \Delta / \gamma_2 & \rho < \eta_1 \end{cases}
+        \Delta & \eta_1 \le \rho < \eta_2 \\ \max(\Delta / \gamma_2, \Delta_{\min}) & \rho < \eta_1 \end{cases}
 
-    which is Algorithm 1 for η₁ = η₂ and γ₁ = γ₂, and the form of its experiments. Three corrections: the shape's matrix
-    enters with the power ½ that Corollary 1 needs, ε is added to it at every step, and decreases within rounding of the
-    loss count as foretold.
+    which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: the shape's
+    matrix enters with the power ½ that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves
+    differences of some 1e-7 only, so a smaller decrease is taken from the slopes at both ends of the step,
+    :math:`-\tfrac12 (g^\top s + \nabla L(w + s)^\top s)`, and a predicted decrease within rounding of the loss counts
+    as achieved. A gradient a thousand times as long as any before is refused, unless it comes twice in a row, and where
+    gradients fall below 1e-6 of the longest, as they do after a spike, the shape starts anew.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
     costs one forward pass beyond the products. A loss that is not finite at the trial point rejects the step; where
-    the loss, the gradient or a product at params is not finite, nothing changes at all.
+    the loss, the gradient or a product at params is not finite, or the gradient is refused, nothing changes at all.
 
     Args:
       shape: M; `optcurv.rmsprop_shape()` (default), `optcurv.adagrad_shape()`, `optcurv.uniform_shape()`,
@@ -118,8 +126,9 @@ def trust_region(
       curvature: B; `optcurv.hessian_product` (default), `optcurv.gauss_newton_product`, or any function of the same
         signature.
       initial_radius: Δ₀ > 0, in the norm of M; published 1e-4 to 5e-2.
-      max_radius: Δ_max > 0, a number or a schedule.
-      accept_ratio: η₁ in [0, 1], a number or a schedule; published 1e-2, and 1e-5 for a convolutional network.
+      min_radius: Δ_min > 0, a number or a schedule. However many steps were rejected, the radius can grow again.
+      max_radius: Δ_max > 0, likewise.
+      accept_ratio: η₁ in [0, 1], likewise; published 1e-2, and 1e-5 for a convolutional network.
       grow_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₁ > 1, likewise.
       shrinkage: γ₂ > 1, likewise; published 1.25 to 1.75.
@@ -150,14 +159,16 @@ def trust_region(
       True
     """
     _check_regularization("initial_radius", initial_radius, accept_ratio, "grow_ratio", grow_ratio, growth, shrinkage)
+    check_number("min_radius", min_radius, minimum=0.0, exclusive=True)
     check_number("max_radius", max_radius, minimum=0.0, exclusive=True)
-    if isinstance(initial_radius, int | float) and isinstance(max_radius, int | float) and initial_radius > max_radius:
-        raise ValueError(f"initial_radius must be at most max_radius = {max_radius:g}, got {initial_radius:g}.")
+    _check_order("min_radius", min_radius, "initial_radius", initial_radius)
+    _check_order("initial_radius", initial_radius, "max_radius", max_radius)
 
     def resize(radius: jax.Array, ratio: jax.Array, accepted: jax.Array, count: jax.Array) -> jax.Array:
         grown = jnp.minimum(radius * scheduled(growth, count), scheduled(max_radius, count))
         kept = jnp.where(ratio >= scheduled(grow_ratio, count), grown, radius)
-        return jnp.where(accepted, kept, radius / scheduled(shrinkage, count))
+        shrunk = jnp.maximum(radius / scheduled(shrinkage, count), scheduled(min_radius, count))
+        return jnp.where(accepted, kept, shrunk)
 
     return _regularized_newton(
         "trust_region", TrustRegionInfo, shape, solver, curvature, initial_radius, accept_ratio, resize, seed
@@ -171,6 +182,7 @@ def adaptive_cubic(
     curvature: CurvatureFn = hessian_product,
     initial_weight: chex.Numeric = 1.0,
     min_weight: optax.ScalarOrSchedule = 1e-8,
+    max_weight: optax.ScalarOrSchedule = 1e8,
     accept_ratio: optax.ScalarOrSchedule = 1e-2,
     shrink_ratio: optax.ScalarOrSchedule = 0.95,
     growth: optax.ScalarOrSchedule = 1.5,
@@ -184,8 +196,8 @@ def adaptive_cubic(
     the trust region's sibling (footnote 5 of "Adaptive norms for deep learning with regularized Newton methods";
     Cartis, Gould and Toint 2011). The model is minimised globally in the Krylov space of `optcurv.lanczos`. The step is
     taken if :math:`\rho \ge \eta_1`; σ shrinks to :math:`\max(\sigma / \gamma_1, \sigma_{\min})` if
-    :math:`\rho \ge \eta_2` and grows to :math:`\gamma_2 \sigma` if the step is rejected. Extra arguments and rejections
-    are those of `optcurv.trust_region`.
+    :math:`\rho \ge \eta_2` and grows to :math:`\min(\gamma_2 \sigma, \sigma_{\max})` if the step is rejected. Extra
+    arguments, small decreases and rejections are as in `optcurv.trust_region`.
 
     Args:
       shape: M, as in `optcurv.trust_region`.
@@ -193,6 +205,7 @@ def adaptive_cubic(
       curvature: B, as in `optcurv.trust_region`.
       initial_weight: σ₀ > 0.
       min_weight: σ_min > 0, a number or a schedule.
+      max_weight: σ_max > 0, likewise.
       accept_ratio: η₁ in [0, 1], likewise.
       shrink_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₂ > 1, likewise.
@@ -226,11 +239,15 @@ def adaptive_cubic(
         "initial_weight", initial_weight, accept_ratio, "shrink_ratio", shrink_ratio, growth, shrinkage
     )
     check_number("min_weight", min_weight, minimum=0.0, exclusive=True)
+    check_number("max_weight", max_weight, minimum=0.0, exclusive=True)
+    _check_order("min_weight", min_weight, "initial_weight", initial_weight)
+    _check_order("initial_weight", initial_weight, "max_weight", max_weight)
 
     def resize(weight: jax.Array, ratio: jax.Array, accepted: jax.Array, count: jax.Array) -> jax.Array:
         shrunk = jnp.maximum(weight / scheduled(shrinkage, count), scheduled(min_weight, count))
         kept = jnp.where(ratio >= scheduled(shrink_ratio, count), shrunk, weight)
-        return jnp.where(accepted, kept, weight * scheduled(growth, count))
+        grown = jnp.minimum(weight * scheduled(growth, count), scheduled(max_weight, count))
+        return jnp.where(accepted, kept, grown)
 
     solver = cubic_lanczos(max_iter)
     return _regularized_newton(
@@ -252,9 +269,13 @@ def _check_regularization(
     check_number(second_name, second_ratio, minimum=0.0, maximum=1.0)
     check_number("growth", growth, minimum=1.0, exclusive=True)
     check_number("shrinkage", shrinkage, minimum=1.0, exclusive=True)
-    plain = isinstance(accept_ratio, int | float) and isinstance(second_ratio, int | float)
-    if plain and accept_ratio > second_ratio:
-        raise ValueError(f"accept_ratio must be at most {second_name} = {second_ratio:g}, got {accept_ratio:g}.")
+    _check_order("accept_ratio", accept_ratio, second_name, second_ratio)
+
+
+def _check_order(name: str, value: Any, upper_name: str, upper: Any) -> None:
+    """Raises if both are plain numbers and the first is the larger."""
+    if isinstance(value, int | float) and isinstance(upper, int | float) and value > upper:
+        raise ValueError(f"{name} must be at most {upper_name} = {upper:g}, got {value:g}.")
 
 
 def _regularized_newton(
@@ -281,6 +302,8 @@ def _regularized_newton(
             count=count,
             size=jnp.asarray(initial_size, wide_dtype(params)),
             shape=shape.init(params),
+            largest=jnp.zeros((), wide_dtype(params)),
+            refused=jnp.zeros((), bool),
             key=jax.random.key_data(jax.random.key(seed)),
             info=info_type(zero, zero, jnp.zeros((), bool), count, count, zero, zero),
         )
@@ -300,18 +323,20 @@ def _regularized_newton(
         loss = scalar_fn(value_fn)
         gradient = at_least_float32(updates)
         value = jnp.asarray(loss(params) if value is None else value, state.size.dtype)
-        shape_state = shape.update(state.shape, gradient)
+        shape_state, largest = _follow(shape, state, params, gradient)
+        refused = (largest > 1e3 * state.largest) & (state.largest > 0) & ~state.refused
         metric = Metric(lambda v: shape.apply(shape_state, v), lambda v: shape.inverse(shape_state, v))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         found = solver(curvature(curvature_fn or value_fn, params), gradient, metric, state.size, key)
         _raise_if_indefinite(found.stop)
-        usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE)
+        usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~refused
 
         step = optax.tree.cast_like(found.step, updates)
-        trial_value = loss(optax.apply_updates(params, step))
+        trial = optax.apply_updates(params, step)
+        trial_value = loss(trial)
         noise = 10 * _rounding(gradient, params) + _rounding(jnp.ones_like(value), trial_value)
-        trial_value = jnp.asarray(trial_value, value.dtype)
-        ratio = decrease_ratio(value, trial_value, found.predicted_decrease, noise)
+        decrease = _decrease(loss, trial, step, value, jnp.asarray(trial_value, value.dtype), gradient)
+        ratio = decrease_ratio(value, decrease, found.predicted_decrease, noise)
         ratio = jnp.where(usable & (found.stop >= Stop.CONVERGED), ratio, -jnp.inf)
         accepted = ratio >= scheduled(accept_ratio, state.count)
         size = resize(state.size, ratio, accepted, state.count).astype(state.size.dtype)
@@ -321,18 +346,47 @@ def _regularized_newton(
             iterations=found.iterations,
             stop=jnp.int32(found.stop),
             predicted_decrease=jnp.float32(found.predicted_decrease),
-            actual_decrease=jnp.float32(value - trial_value),
+            actual_decrease=jnp.float32(decrease),
         )
         new_state = RegularizedNewtonState(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
             shape=optax.tree.where(usable, shape_state, state.shape),
+            largest=jnp.where(usable, largest, state.largest),
+            refused=refused,
             key=state.key,
             info=info,
         )
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _follow(shape: Shape, state: RegularizedNewtonState, params: PyTree, gradient: PyTree) -> tuple[Any, jax.Array]:
+    """Shows the shape a gradient; returns its state, begun anew after a spike, and the largest norm it has seen."""
+    norm = optax.tree.norm(gradient)
+    after_spike = norm < 1e-6 * state.largest
+    before = optax.tree.where(after_spike, shape.init(params), state.shape)
+    return shape.update(before, gradient), jnp.where(after_spike, norm, jnp.maximum(state.largest, norm))
+
+
+def _decrease(
+    loss: Callable[[PyTree], jax.Array],
+    trial: PyTree,
+    step: PyTree,
+    value: jax.Array,
+    trial_value: jax.Array,
+    gradient: PyTree,
+) -> jax.Array:
+    """The decrease of the loss along a step; where it drowns in rounding, by the trapezoidal rule on the slopes."""
+    decrease = value - trial_value
+    drowns = jnp.abs(decrease) <= 4 * jnp.finfo(value.dtype).eps * jnp.maximum(1.0, jnp.abs(value))
+
+    def from_slopes(trial: PyTree) -> jax.Array:
+        _, slope = jax.jvp(loss, (trial,), (step,))
+        return -0.5 * (optax.tree.vdot(gradient, at_least_float32(step)) + slope).astype(decrease.dtype)
+
+    return jax.lax.cond(drowns, from_slopes, lambda _: decrease, trial)
 
 
 def _rounding(slopes: PyTree, numbers: PyTree) -> jax.Array | float:

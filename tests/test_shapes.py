@@ -127,6 +127,21 @@ def test_a_gradient_whose_square_overflows_shuts_no_coordinate(make):
     assert jnp.all(shape.inverse(state, gradient) > 0)
 
 
+@pytest.mark.parametrize("decay", [None, 0.8])
+def test_rounding_of_the_gradients_moves_the_full_matrix_little(decay):
+    """In float32 the eigenvalues that are zero come out as rounding; a power of them plus a small ε would be noise."""
+    rng, shape = np.random.default_rng(0), optcurv.full_matrix_shape(decay=decay)
+    exact = rng.normal(size=(3, 20)).astype(np.float32)
+    rounded = exact * (1 + 1.2e-7 * rng.choice([-1, 1], exact.shape)).astype(np.float32)
+    inverses = []
+    for several in (exact, rounded):
+        state = shape.init(jnp.zeros(20, jnp.float32))
+        for gradient in several:
+            state = shape.update(state, jnp.asarray(gradient))
+        inverses.append(np.asarray(state.inverse))
+    np.testing.assert_allclose(*inverses, rtol=0, atol=1e-3 * np.abs(inverses[0]).max())
+
+
 def test_size_limit_of_the_full_matrix_names_the_size():
     with pytest.raises(ValueError, match=r"2049×2049.*max_size of 2048.*rmsprop_shape"):
         optcurv.full_matrix_shape().init(jnp.zeros(2049))

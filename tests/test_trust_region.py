@@ -131,18 +131,21 @@ def test_radius_keeps_below_its_maximum_and_numbers_may_be_schedules():
     np.testing.assert_allclose(sizes, [3.0, 4.0, 3.0, 2.0])
 
 
-def test_loss_is_evaluated_once_beyond_the_products():
+@pytest.mark.parametrize(("size", "evaluations"), [(1.0, 1), (1e-4, 2)], ids=["by-values", "by-slopes"])
+def test_loss_is_evaluated_once_beyond_the_products(size, evaluations):
+    """And once more, for the slope, where the decrease drowns in rounding."""
     calls = []
 
     def loss(w):
-        calls.append(1)
-        return jnp.sum(w**2)
+        jax.debug.callback(lambda _: calls.append(1), w[0])
+        return 1.0 + jnp.sum(w**2)
 
-    w = jnp.ones(3)
+    w = jnp.full(3, size)
     product = lambda value_fn, params: lambda v: 2 * v  # noqa: E731
-    optimizer = optcurv.trust_region(curvature=product)
-    optimizer.update(2 * w, optimizer.init(w), w, value=3.0, value_fn=loss)
-    assert len(calls) == 1
+    optimizer = optcurv.trust_region(curvature=product, initial_radius=1e-3)
+    optimizer.update(2 * w, optimizer.init(w), w, value=1.0 + jnp.sum(w**2), value_fn=loss)
+    jax.effects_barrier()
+    assert len(calls) == evaluations
 
 
 # Saddles.
@@ -184,6 +187,108 @@ def test_random_vectors_come_from_the_seed_and_the_step():
     assert not np.allclose(np.abs(update), np.abs(again))
 
 
+# Small decreases, and sizes that must come back.
+
+METHODS = {
+    "gauss-newton": lambda: optcurv.trust_region(curvature=optcurv.gauss_newton_product),
+    "hessian": optcurv.trust_region,
+    "lanczos": lambda: optcurv.trust_region(solver=optcurv.lanczos()),
+    "cubic": optcurv.adaptive_cubic,
+}
+every_regularization = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+
+
+def logistic_step(optimizer):
+    """A step on four examples of one input and two classes, with a cross-entropy that is 0 or at least 1e-7 or so."""
+
+    def loss_of(labels):
+        model_fn = lambda w: jnp.ones((4, 1)) @ w  # noqa: E731
+        return optcurv.Composite(
+            model_fn, lambda z: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(z, labels))
+        )
+
+    return jax.jit(make_step(optimizer, loss_of))
+
+
+@every_regularization
+def test_a_fitted_batch_does_not_stop_the_next_ones(make):
+    """The loss of the first batch is 0 in float32, its gradient is not."""
+    optimizer, w = make(), jnp.array([[10.0, -10.0]])
+    step, state = logistic_step(optimizer), optimizer.init(w)
+    for _ in range(100):
+        w, state = step(w, state, jnp.zeros(4, int))
+        assert jnp.isfinite(state.info.ratio)
+    fitted = w
+    for _ in range(100):
+        w, state = step(w, state, jnp.ones(4, int))
+    assert w[0, 1] - w[0, 0] > fitted[0, 1] - fitted[0, 0] + 10
+
+
+@every_regularization
+def test_size_comes_back_after_any_number_of_rejections(make):
+    """As after poisoned batches: here the loss is smallest where it starts, whatever the gradient says."""
+    optimizer, w = make(), jnp.ones(3)
+    state = optimizer.init(w)
+    peak = lambda start: optcurv.Composite(lambda w: w, lambda w: 1e3 * jnp.sum(jnp.abs(w - start)) + w @ w)  # noqa: E731
+    up = jax.jit(lambda state: optimizer.update(2 * w, state, w, value=w @ w, value_fn=peak(w))[1])
+    for _ in range(300):
+        state = up(state)
+    assert not 1e-5 < state.size < 1e5
+    step = jax.jit(make_step(optimizer, lambda _: optcurv.Composite(lambda w: w, lambda w: w @ w)))
+    for _ in range(200):
+        w, state = step(w, state, ())
+    assert w @ w < 0.5 * 3
+
+
+def test_a_small_decrease_is_taken_from_the_slopes():
+    """In float32 the values of this loss are equal; the slopes tell a good step from one that overshoots."""
+    loss = lambda w: 1e3 + 0.5 * 1e-6 * w**2  # noqa: E731
+    for guessed_curvature, ratio in ((1e-6, 1.0), (0.4e-6, -0.5)):
+        optimizer = optcurv.trust_region(
+            shape=optcurv.uniform_shape(),
+            initial_radius=10.0,
+            curvature=lambda loss, params, c=guessed_curvature: lambda v: c * v,
+        )
+        w = jnp.asarray(1.0)
+        _, state = optimizer.update(1e-6 * w, optimizer.init(w), w, value_fn=lambda w: loss(w) - 1e3)
+        np.testing.assert_allclose(state.info.ratio, ratio, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        optcurv.adagrad_shape(),
+        optcurv.rmsprop_shape(),
+        optcurv.full_matrix_shape(),
+        optcurv.full_matrix_shape(decay=0.8),
+    ],
+    ids=["adagrad", "rmsprop", "full-adagrad", "full-rmsprop"],
+)
+@pytest.mark.parametrize("weights", [(1.0, 1e4, 1.0, 1e6), (1e6,), (1e12, 1.0, 1e12), (1e18, 1e18)], ids=str)
+def test_a_spike_shuts_no_shape(shape, weights):
+    optimizer, (start, loss) = optcurv.trust_region(shape=shape), problems.quadratic()
+    scaled = lambda weight: optcurv.Composite(loss.model_fn, lambda r: weight * loss.loss_fn(r))  # noqa: E731
+    step, params, state = jax.jit(make_step(optimizer, scaled)), start, optimizer.init(start)
+    for weight in weights:
+        _, state = step(params, state, weight)
+    for _ in range(200):
+        params, state = step(params, state, 1.0)
+    assert loss(params) < 0.01 * loss(start)
+
+
+@every_regularization
+def test_a_gradient_a_thousand_times_as_long_is_refused_once(make):
+    optimizer, (params, loss) = make(), problems.quadratic()
+    scaled = lambda weight: optcurv.Composite(loss.model_fn, lambda r: weight * loss.loss_fn(r))  # noqa: E731
+    step = jax.jit(make_step(optimizer, scaled))
+    params, state = step(params, optimizer.init(params), 1.0)
+    moved = []
+    for _ in range(3):
+        before, (params, state) = params, step(params, state, 1e9)
+        moved.append(bool(jnp.any(ravel_pytree(before)[0] != ravel_pytree(params)[0])))
+    assert moved[:2] == [False, True]
+
+
 # Faults.
 
 
@@ -218,6 +323,8 @@ def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solv
         ({"initial_radius": 0.0}, ValueError, "initial_radius"),
         ({"initial_radius": -1.0}, ValueError, "initial_radius"),
         ({"initial_radius": 20.0}, ValueError, "at most max_radius = 10"),
+        ({"min_radius": 0.0}, ValueError, "min_radius"),
+        ({"min_radius": 0.1}, ValueError, "min_radius must be at most initial_radius"),
         ({"max_radius": 0.0}, ValueError, "max_radius"),
         ({"growth": 1.0}, ValueError, "growth"),
         ({"shrinkage": 0.9}, ValueError, "shrinkage"),
@@ -240,7 +347,8 @@ def test_bad_options(options, error, message):
     [
         ({"initial_weight": 0.0}, ValueError, "initial_weight"),
         ({"min_weight": 0.0}, ValueError, "min_weight"),
-        ({"max_iter": 1}, ValueError, "at least 2"),
+        ({"initial_weight": 1e9}, ValueError, "at most max_weight"),
+        ({"max_iter": 0}, ValueError, "max_iter"),
         ({"accept_ratio": 0.5, "shrink_ratio": 0.4}, ValueError, "at most shrink_ratio = 0.4, got 0.5"),
     ],
 )
