@@ -246,6 +246,77 @@ def test_given_layers_make_the_state_for_any_kernel():
     assert jnp.all(jnp.isfinite(updates["q"]))
 
 
+# Parameters in no layer.
+
+
+def loss_with_one_layer(params):
+    """Of `two_layers`' parameters a multiplies activations as it is; b goes in squared."""
+    x, _ = data(0, 7)
+    return jnp.mean(jnp.sum((x @ params["a"]["kernel"]) ** 2, axis=1)) + optax.tree.norm(params["b"], squared=True)
+
+
+@pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.BLOCK])
+def test_parameters_in_no_layer_are_preconditioned_diagonally(structure):
+    params, _, _ = two_layers()
+    updates, state = first_update(params, loss_with_one_layer, structure=structure, damping=0.0)
+    _, given = first_update(params, loss_with_one_layer, layers=optcurv.layers(loss_with_one_layer, params))
+    gradient = jax.grad(loss_with_one_layer)(params)["b"]
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, np.sign(g) / 7**0.5, rtol=1e-5), updates["b"], gradient)
+    assert state.info.num_layers == 1
+    assert not np.allclose(np.abs(updates["a"]["kernel"]), 7**-0.5, rtol=0.1)
+    np.testing.assert_array_equal(state.squares["['b']['kernel']"], given.squares["['b']['kernel']"])
+    assert given.squares.keys() == state.squares.keys() - {"['a']['kernel']"}
+
+
+PARAMS_WITHOUT_LAYERS = {
+    "vector": jnp.array([-1.0, 10.0, 1.0]),
+    "matrix": jnp.array([[3.0, -2.0], [1.0, 4.0]]),
+    "scalar": jnp.array(3.0),
+    "float": 3.0,
+    "several": {"kernel": jnp.ones((3, 4)), "nothing": None, "scale": jnp.array(2.0)},
+}
+
+
+@pytest.mark.parametrize("params", PARAMS_WITHOUT_LAYERS.values(), ids=PARAMS_WITHOUT_LAYERS)
+@pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.DIAGONAL], ids=["kronecker", "diagonal"])
+def test_loss_without_layers_is_that_of_one_example(structure, params):
+    loss = lambda p: optax.tree.norm(p, squared=True)  # noqa: E731
+    updates, state = first_update(params, loss, structure=structure, damping=0.0)
+    jax.tree.map(lambda u: np.testing.assert_allclose(np.abs(u), 1.0, rtol=1e-6), updates)
+    assert state.info.num_layers == 0
+    updates, _ = first_update(params, loss, structure=structure, damping=0.0, batch_size=16)
+    jax.tree.map(lambda u: np.testing.assert_allclose(np.abs(u), 0.25, rtol=1e-6), updates)
+
+
+def test_loss_without_layers_is_refused_where_layers_were_given():
+    params, loss_of, _ = two_layers()
+    with pytest.raises(ValueError, match="No layer was found"):
+        first_update(
+            params, lambda p: optax.tree.norm(p, squared=True), layers=optcurv.layers(loss_of(0), params)
+        )
+    with pytest.raises(ValueError, match="are not those the state was made for"):
+        first_update(params, loss_with_one_layer, layers=optcurv.layers(loss_of(0), params))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (4, 0)])
+def test_empty_parameters_change_nothing(shape):
+    params, loss = unit_problem()
+    empty, x = jnp.ones(shape), jnp.ones((4, shape[0]))
+    expected, _ = first_update(params, loss)
+    updates, state = first_update(
+        params | {"empty": empty, "nothing": None}, lambda p: loss(p) + jnp.sum(x @ p["empty"]) + jnp.sum(p["empty"])
+    )
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+    assert updates["empty"].shape == shape
+    assert all(leaf.size for leaf in jax.tree.leaves(state))  # checkpoints hold no empty arrays
+
+
+def test_a_tree_without_arrays_is_returned_as_it_is():
+    for params in ({}, {"nothing": None}):
+        updates, _ = first_update(params, lambda p: jnp.float32(1.0))
+        assert updates == params
+
+
 def test_statistics_that_are_not_finite_are_not_averaged_in():
     params, loss_of, _ = two_layers()
     optimizer = optcurv.scale_by_kronecker(factor_every=1)
