@@ -413,21 +413,32 @@ def tso_alra(
     when: int | SwitchRule,
     preconditioner: optax.GradientTransformation = scale_by_kronecker(),  # noqa: B008  pure functions
     momentum: float | None = None,
-    max_update_norm: float | None = None,
+    max_update_norm: float | None = 1.0,
+    second_learning_rate: optax.ScalarOrSchedule | None = None,
+    second_momentum: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two-stage optimiser TSO-ALRA; emits the final signed step.
 
-    First :math:`w \leftarrow w - \eta\, F^{-1/2} g`, after the switch :math:`w \leftarrow w - \eta\, g` (Algorithm 1).
-    The paper's rate is 0.01 in both stages, with batches of 128. `optcurv.scale_by_kronecker` says what the update
-    needs; `optcurv.switch` what `when` may be.
+    .. math:: w \leftarrow w - \eta_1 \min(1, c / \|u\|)\, u, \quad u = F^{-1/2} g, \qquad \text{and after the switch} \quad
+        w \leftarrow w - \eta_2\, g
+
+    (Algorithm 1). Published are one rate for both stages, :math:`\eta_1 = \eta_2` = 0.01 with batches of 128, and no
+    bound c: that is `optcurv.tso_alra(0.01, when=..., max_update_norm=None)`. Without a bound the first stage is stable
+    only at small rates, too small for SGD. The default c = 1 allows those of about 0.1 that SGD needs. Where the loss
+    still jumps at the switch, give the second stage a smaller rate of its own.
+
+    `optcurv.scale_by_kronecker` says what the update needs; `optcurv.switch` what `when` may be.
 
     Args:
-      learning_rate: η, a number or a schedule, of all steps.
+      learning_rate: :math:`\eta_1`, a number or a schedule.
       when: to switch to SGD: a number of steps, or `optcurv.on_plateau(...)`.
       preconditioner: the first stage, by default `optcurv.scale_by_kronecker()`.
       momentum: β in :math:`m \leftarrow \beta m + u` in the first stage; default: none, as published.
-      max_update_norm: a bound on the norm of the preconditioned gradient; default: none, as published. With one, higher
-        rates are stable.
+      max_update_norm: c, a bound on the norm of the preconditioned gradient, before momentum; None for none, as
+        published.
+      second_learning_rate: :math:`\eta_2`, a number or a schedule whose steps count from the switch. Default:
+        `learning_rate`, as published; a schedule then goes on through the switch, counting all steps.
+      second_momentum: likewise β of the second stage, which begins at zero; default: none, as published.
 
     Returns:
       The optimiser.
@@ -460,5 +471,15 @@ def tso_alra(
     if momentum is not None:
         check_number("momentum", momentum, minimum=0.0, maximum=1.0)
         links.append(optax.trace(momentum))
-    first = optax.chain(*links)
-    return optax.chain(switch(first, optax.identity(), when), optax.scale_by_learning_rate(learning_rate))
+    first, second = optax.chain(*links), optax.identity()
+    if second_momentum is not None:
+        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0)
+        second = optax.trace(second_momentum)
+    if second_learning_rate is None:
+        return optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+    check_number("second_learning_rate", second_learning_rate, minimum=0.0)
+    return switch(
+        optax.chain(first, optax.scale_by_learning_rate(learning_rate)),
+        optax.chain(second, optax.scale_by_learning_rate(second_learning_rate)),
+        when,
+    )

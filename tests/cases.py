@@ -71,7 +71,7 @@ def tso_alra_case(name: str, structure: optcurv.Structure, *, variant: bool = Tr
     return Case(
         name=name,
         factory=optcurv.tso_alra,
-        options={"learning_rate": 0.3, "when": 1000, "preconditioner": preconditioner},
+        options={"learning_rate": 0.2, "when": 1000, "preconditioner": preconditioner},
         static=("when", "preconditioner"),
         curvature=structure is not optcurv.DIAGONAL,
         variant=variant,

@@ -138,13 +138,39 @@ def test_after_the_switch_it_is_sgd_bit_for_bit():
 
 def test_first_stage_is_bounded_and_has_momentum():
     params, loss = unit_problem()
-    optimizer = optcurv.tso_alra(
-        0.1, when=9, momentum=0.5, max_update_norm=1.0, preconditioner=optcurv.scale_by_kronecker(damping=0.0)
-    )
+    preconditioner, gradient = optcurv.scale_by_kronecker(damping=0.0), jax.grad(loss)(params)
+    optimizer = optcurv.tso_alra(0.1, when=9, momentum=0.5, preconditioner=preconditioner)
     state = optimizer.init(params)
     for factor in (1.0, 1.5):  # 1, and 1 + 0.5
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        updates, state = optimizer.update(gradient, state, params, value_fn=loss)
         np.testing.assert_allclose(optax.tree.norm(updates), 0.1 * factor, rtol=1e-6)
+    published = optcurv.tso_alra(0.1, when=9, max_update_norm=None, preconditioner=preconditioner)
+    updates, _ = published.update(gradient, published.init(params), params, value_fn=loss)
+    np.testing.assert_allclose(updates["w"], -0.1 * gradient["w"], rtol=1e-6)
+
+
+def steps_of(**options):
+    """The steps of both stages, two of the first, where every gradient is 1 and so is every preconditioned one."""
+    optimizer = optcurv.tso_alra(when=2, preconditioner=optax.identity(), **options)
+    w, state, steps = jnp.array(0.0), optimizer.init(jnp.array(0.0)), []
+    for _ in range(5):
+        updates, state = optimizer.update(jnp.array(1.0), state, w)
+        steps.append(-float(updates))
+    return steps
+
+
+def test_second_stage_has_a_rate_and_a_momentum_of_its_own():
+    steps = steps_of(learning_rate=0.3, second_learning_rate=0.1, momentum=0.5, second_momentum=0.9)
+    np.testing.assert_allclose(steps, [0.3, 0.45, 0.1, 0.19, 0.271], rtol=1e-6)
+    steps = steps_of(learning_rate=0.3, second_momentum=0.9)
+    np.testing.assert_allclose(steps, [0.3, 0.3, 0.3, 0.57, 0.813], rtol=1e-6)
+
+
+def test_schedule_counts_all_steps_and_one_of_the_second_stage_from_the_switch():
+    schedule = lambda count: 0.1 + 0.01 * count  # noqa: E731
+    np.testing.assert_allclose(steps_of(learning_rate=schedule), [0.1, 0.11, 0.12, 0.13, 0.14], rtol=1e-6)
+    steps = steps_of(learning_rate=schedule, second_learning_rate=schedule)
+    np.testing.assert_allclose(steps, [0.1, 0.11, 0.1, 0.11, 0.12], rtol=1e-6)
 
 
 def test_preconditioned_gradients_are_white():
@@ -381,3 +407,11 @@ def test_curvature_closure_gives_the_factors():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         optcurv.scale_by_kronecker(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 1.5}, {"max_update_norm": 0.0}, {"second_momentum": -0.1}, {"second_learning_rate": -1.0}]
+)
+def test_bad_options_of_the_stages(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        optcurv.tso_alra(0.1, when=3, **options)
