@@ -118,11 +118,18 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`). Parameters in no layer are scaled by the same power
-    of their average squared gradient, per example like the factors: RMSProp without momentum.
+    The layers are found in the loss closure (see `optcurv.layers`), the same at every step. Parameters in no layer are
+    scaled by the same power of their average squared gradient, per example like the factors: RMSProp without momentum.
+    So are all of them where the loss has no layers; it then counts as that of one example, unless `batch_size` is
+    given. `info.num_layers` says how many layers were found.
 
-    The update takes the extra arguments `value_fn` (required, a mean over examples) and `curvature_fn` (the loss on a
-    smaller batch, for the factors only). Updates that are not finite become zero. Statistics that are not finite are
+    **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
+    as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
+    p = -1 a sum over N examples makes the updates N times too short. With `labels` drawn, the factors do not depend on
+    the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
+
+    The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
+    factors only). Updates that are not finite become zero. Statistics that are not finite are
     not averaged in, nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in
     a row: a single spike of the loss would fade but slowly.
 
@@ -138,9 +145,10 @@ def scale_by_kronecker(
       labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical`
         and `optcurv.sample_gaussian` draw them from the model's predictions, for the true one; the loss must then be a
         `Composite`.
-      layers: of the closure, as `optcurv.layers` returns them. By default the state is made for kernels whose last axis
-        alone is the output's, as those of dense layers and of ungrouped convolutions, and for no other arrays of more
-        than one axis.
+      layers: of the closure, as `optcurv.layers` returns them; the loss must then have these very layers. By default
+        every array of more than one axis may be a kernel, whose last axis alone is the output's, as those of dense
+        layers and of ungrouped convolutions. The state then holds room for squared gradients of all parameters beside
+        the factors of all such arrays; with `layers`, only what is used.
       batch_size: the number of examples whose mean the loss is, of those on one device within `jax.shard_map`; default:
         the leading axis of the layers' inputs.
       rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
@@ -157,8 +165,9 @@ def scale_by_kronecker(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; if no layer is found, if the layers
-        differ from those the state was made for, or if the number of examples cannot be told.
+      ValueError: if a number is out of range, or `update` is called without params; if layers are not of the shapes
+        that the state was made for, if the loss lacks one of the given `layers`, or if the number of examples cannot be
+        told.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
         is no `Composite` where labels are drawn.
 
@@ -419,13 +428,12 @@ def tso_alra(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two-stage optimiser TSO-ALRA; emits the final signed step.
 
-    .. math:: w \leftarrow w - \eta_1 \min(1, c / \|u\|)\, u, \quad u = F^{-1/2} g, \qquad \text{and after the switch} \quad
-        w \leftarrow w - \eta_2\, g
+    .. math:: u = F^{-1/2} g, \qquad w \leftarrow w - \eta_1 \min(1, c / \|u\|)\, u
 
-    (Algorithm 1). Published are one rate for both stages, :math:`\eta_1 = \eta_2` = 0.01 with batches of 128, and no
-    bound c: that is `optcurv.tso_alra(0.01, when=..., max_update_norm=None)`. Without a bound the first stage is stable
-    only at small rates, too small for SGD. The default c = 1 allows those of about 0.1 that SGD needs. Where the loss
-    still jumps at the switch, give the second stage a smaller rate of its own.
+    up to the switch, and :math:`w \leftarrow w - \eta_2\, g` after it (Algorithm 1). The paper has one rate for both
+    stages, 0.01 with batches of 128, and no bound c: `optcurv.tso_alra(0.01, when=..., max_update_norm=None)`. Without
+    a bound the first stage is stable only at rates that are too small for SGD; the default c = 1 allows larger ones.
+    Where the loss still jumps at the switch, give the second stage a smaller rate of its own.
 
     `optcurv.scale_by_kronecker` says what the update needs; `optcurv.switch` what `when` may be.
 

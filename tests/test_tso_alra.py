@@ -272,6 +272,23 @@ def test_given_layers_make_the_state_for_any_kernel():
     assert jnp.all(jnp.isfinite(updates["q"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "exponent"),
+    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "labels": optcurv.sample_gaussian}, 1)],
+    ids=["root", "inverse", "labels drawn"],
+)
+def test_a_loss_c_times_as_large(options, exponent):
+    params, loss_of, _ = two_layers()
+    plain = loss_of(0)
+    sevenfold = optcurv.Composite(plain.model_fn, lambda outputs: 7 * plain.loss_fn(outputs))
+    expected, _ = first_update(params, plain, rank=None, **options)
+    updates, _ = first_update(params, sevenfold, rank=None, **options)
+    for name in params:
+        np.testing.assert_allclose(
+            matrix_of(updates[name]), 7.0**exponent * matrix_of(expected[name]), rtol=1e-3, atol=1e-5
+        )
+
+
 # Parameters in no layer.
 
 
@@ -317,9 +334,7 @@ def test_loss_without_layers_is_that_of_one_example(structure, params):
 def test_loss_without_layers_is_refused_where_layers_were_given():
     params, loss_of, _ = two_layers()
     with pytest.raises(ValueError, match="No layer was found"):
-        first_update(
-            params, lambda p: optax.tree.norm(p, squared=True), layers=optcurv.layers(loss_of(0), params)
-        )
+        first_update(params, lambda p: optax.tree.norm(p, squared=True), layers=optcurv.layers(loss_of(0), params))
     with pytest.raises(ValueError, match="are not those the state was made for"):
         first_update(params, loss_with_one_layer, layers=optcurv.layers(loss_of(0), params))
 
