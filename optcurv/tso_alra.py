@@ -118,10 +118,10 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`), the same at every step. Parameters in no layer are
-    scaled by the same power of their average squared gradient, per example like the factors: RMSProp without momentum.
-    So are all of them where the loss has no layers; it then counts as that of one example, unless `batch_size` is
-    given. `info.num_layers` says how many layers were found.
+    The layers are found in the loss closure (see `optcurv.layers`) and must be the same at every step. Parameters in no
+    layer are scaled by the same power of their average squared gradient, per example like the factors: RMSProp without
+    momentum. A loss without layers is preconditioned so as a whole, and counts as that of one example unless
+    `batch_size` is given. `info.num_layers` says how many layers were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
@@ -129,9 +129,9 @@ def scale_by_kronecker(
     the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
 
     The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
-    factors only). Updates that are not finite become zero. Statistics that are not finite are
-    not averaged in, nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in
-    a row: a single spike of the loss would fade but slowly.
+    factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
+    those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
+    the loss would fade but slowly.
 
     Args:
       power: p < 0.
@@ -218,16 +218,15 @@ def scale_by_kronecker(
         # Without `layers` only the loss will tell which parameters are in none, so each of them has its squares.
         alone = [path for place, path in enumerate(leaves) if place not in members and jnp.size(leaves[path])]
         # Arrays of their own, so that all can be donated.
-        zero, none = functools.partial(jnp.zeros, (), jnp.float32), functools.partial(jnp.zeros, (), jnp.int32)
-        false = functools.partial(jnp.zeros, (), bool)
+        zero, count, false = (functools.partial(jnp.zeros, (), dtype) for dtype in (jnp.float32, jnp.int32, bool))
         return ScaleByKroneckerState(
-            count=jnp.zeros((), jnp.int32),
+            count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
-            info=KroneckerInfo(none(), zero(), zero(), none(), zero(), ~false(), false()),
+            info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
         )
 
     def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
