@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import optcurv
 from benchmarks.models import Batch
 from benchmarks.report import with_nan, write_json
 from benchmarks.surface_networks import BATCH_SIZE, Initialisation, Problem
+from benchmarks.tuning import tune
 
 
 class Method(NamedTuple):
@@ -238,32 +239,16 @@ class Trainer:
         initialisation: Initialisation | None = None,
         grid: tuple[float, ...] | None = None,
     ) -> float:
-        """Returns the learning rate of the least training loss at the end of a run of so many epochs.
+        """Returns the learning rate of the least training loss at the end of a run of so many epochs, by `tune`."""
+        rates = grid or METHODS[method].grid
 
-        While the best is the least or the largest of those tried, the next in its direction is tried too.
-        """
+        def loss_of(rate: float) -> float:
+            trained = self.run(Plan(Stage(method, rate), TUNING_SEED, num_epochs, initialisation))
+            if rate in rates:  # the progress bar expects no others
+                report(f"{self.problem.name}: {trained.plan}, tuning")
+            return trained.final("loss")
 
-        def run(rate: float) -> Trained:
-            return self.run(Plan(Stage(method, rate), TUNING_SEED, num_epochs, initialisation))
-
-        runs = {}
-        for rate in grid or METHODS[method].grid:
-            runs[rate] = run(rate)
-            report(f"{self.problem.name}: {runs[rate].plan}, tuning")
-        for _ in range(_MAX_EXTENSIONS):
-            best = _least_loss(runs)
-            further = {max(runs): 3 * best, min(runs): best / 3}.get(best)
-            if further is None:
-                break
-            further = float(f"{further:.2g}")
-            runs[further] = run(further)
-        return _least_loss(runs)
+        return tune(rates, loss_of)
 
 
 TUNING_SEED = 0
-_MAX_EXTENSIONS = 3  # of a grid
-
-
-def _least_loss(runs: Mapping[float, Trained]) -> float:
-    """Returns the rate of the least training loss at the end; one that is not a number is none."""
-    return min(runs, key=lambda rate: np.nan_to_num(runs[rate].final("loss"), nan=np.inf))

@@ -213,6 +213,8 @@ def refresh_powers(
 ) -> Powers:
     r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due; F are the averages over their weight.
 
+    Powers of layers whose factors are not given remain as they are.
+
     Factors of one size are decomposed together, in one batched call, or in one on each device of the sharding. Each
     such group is due every so many steps, the groups at different steps, and all of them at early ones. The damping
     :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `relative` times it,
@@ -234,8 +236,8 @@ def refresh_powers(
         for (path, i), powers in zip(members, after, strict=True):
             places[path][i] = powers
     return Powers(
-        powers={path: tuple(power for power, _ in several) for path, several in places.items()},
-        extremes={path: tuple(extremes for _, extremes in several) for path, several in places.items()},
+        powers=state.powers | {path: tuple(power for power, _ in several) for path, several in places.items()},
+        extremes=state.extremes | {path: tuple(pair for _, pair in several) for path, several in places.items()},
         ages=jnp.where(due, 0, jnp.where(state.ages < 0, -1, state.ages + 1)),
     )
 

@@ -311,7 +311,8 @@ def _describe(recording: Recording, params: PyTree) -> tuple[Layers, dict[int, l
     uses: dict[int, list[_Use]] = {}
     for index, product in enumerate(recording.products):
         for part, view in enumerate(product.views):
-            uses.setdefault(view.leaf, []).append(_Use(product, index, part))
+            if view.size:  # an empty kernel has no statistics
+                uses.setdefault(view.leaf, []).append(_Use(product, index, part))
     for leaf, several in list(uses.items()):
         if any(use.layout() != several[0].layout() for use in several):
             reasons[leaf] = "multiplies activations in several layouts"

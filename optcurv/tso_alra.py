@@ -48,6 +48,7 @@ class KroneckerInfo(NamedTuple):
     """What one step did; scalars for the log.
 
     Attributes:
+      num_layers: how many layers the loss has; all parameters in none are preconditioned diagonally.
       largest_eigenvalue: of the damped Fisher matrix's layers.
       smallest_eigenvalue: likewise.
       age: steps since the stalest powers were taken.
@@ -56,6 +57,7 @@ class KroneckerInfo(NamedTuple):
       refused: whether the last batch measured was kept out of the averages.
     """
 
+    num_layers: jax.Array
     largest_eigenvalue: jax.Array
     smallest_eigenvalue: jax.Array
     age: jax.Array
@@ -116,13 +118,20 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`). Parameters in no layer are scaled by the same power
-    of their average squared gradient, per example like the factors: RMSProp without momentum.
+    The layers are found in the loss closure (see `optcurv.layers`) and must be the same at every step. Parameters in no
+    layer are scaled by the same power of their average squared gradient, per example like the factors: RMSProp without
+    momentum. A loss without layers is preconditioned so as a whole, and counts as that of one example unless
+    `batch_size` is given. `info.num_layers` says how many layers were found.
 
-    The update takes the extra arguments `value_fn` (required, a mean over examples) and `curvature_fn` (the loss on a
-    smaller batch, for the factors only). Updates that are not finite become zero. Statistics that are not finite are
-    not averaged in, nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in
-    a row: a single spike of the loss would fade but slowly.
+    **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
+    as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
+    p = -1 a sum over N examples makes the updates N times too short. With `labels` drawn, the factors do not depend on
+    the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
+
+    The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
+    factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
+    those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
+    the loss would fade but slowly.
 
     Args:
       power: p < 0.
@@ -136,9 +145,10 @@ def scale_by_kronecker(
       labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical`
         and `optcurv.sample_gaussian` draw them from the model's predictions, for the true one; the loss must then be a
         `Composite`.
-      layers: of the closure, as `optcurv.layers` returns them. By default the state is made for kernels whose last axis
-        alone is the output's, as those of dense layers and of ungrouped convolutions, and for no other arrays of more
-        than one axis.
+      layers: of the closure, as `optcurv.layers` returns them; the loss must then have these very layers. By default
+        every array of more than one axis may be a kernel, whose last axis alone is the output's, as those of dense
+        layers and of ungrouped convolutions. The state then holds room for squared gradients of all parameters beside
+        the factors of all such arrays; with `layers`, only what is used.
       batch_size: the number of examples whose mean the loss is, of those on one device within `jax.shard_map`; default:
         the leading axis of the layers' inputs.
       rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
@@ -155,8 +165,9 @@ def scale_by_kronecker(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; if no layer is found, if the layers
-        differ from those the state was made for, or if the number of examples cannot be told.
+      ValueError: if a number is out of range, or `update` is called without params; if layers are not of the shapes
+        that the state was made for, if the loss lacks one of the given `layers`, or if the number of examples cannot be
+        told.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
         is no `Composite` where labels are drawn.
 
@@ -202,18 +213,20 @@ def scale_by_kronecker(
         factors = {
             path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes(sizes).items()
         }
-        biases = set() if layers is None else {layer.bias for layer in layers.found if layer.path in factors}
-        alone = [path for i, path in enumerate(leaves) if path not in factors and i not in biases]
+        given = () if layers is None else [layer for layer in layers.found if layer.path in factors]
+        members = {place for layer in given for place in (layer.kernel, layer.bias)}
+        # Without `layers` only the loss will tell which parameters are in none, so each of them has its squares.
+        alone = [path for place, path in enumerate(leaves) if place not in members and jnp.size(leaves[path])]
         # Arrays of their own, so that all can be donated.
-        zero, false = functools.partial(jnp.zeros, (), jnp.float32), functools.partial(jnp.zeros, (), bool)
+        zero, count, false = (functools.partial(jnp.zeros, (), dtype) for dtype in (jnp.float32, jnp.int32, bool))
         return ScaleByKroneckerState(
-            count=jnp.zeros((), jnp.int32),
+            count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
-            info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), ~false(), false()),
+            info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
         )
 
     def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
@@ -234,14 +247,18 @@ def scale_by_kronecker(
         return mean_over_devices(factors)
 
     def average(
-        value_fn: ValueFn, num_examples: int, state: ScaleByKroneckerState, params: PyTree, gradients: dict
+        value_fn: ValueFn,
+        num_examples: int,
+        state: ScaleByKroneckerState,
+        before: tuple[dict[str, Factors], dict[str, jax.Array]],
+        params: PyTree,
+        gradients: dict[str, jax.Array],
     ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array]:
         """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        factors = measure(value_fn, key, params) if state.factors else {}
-        squares = {path: num_examples * gradients[path] ** 2 for path in state.squares}
-        now, before = (factors, squares), (state.factors, state.squares)
+        factors = measure(value_fn, key, params) if before[0] else {}
+        now = factors, {path: num_examples * gradients[path] ** 2 for path in before[1]}
         mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
         outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
         usable = jnp.isfinite(optax.tree.sum(mixed)) & ~outlier
@@ -278,15 +295,18 @@ def scale_by_kronecker(
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
         curvature_fn = curvature_fn or value_fn
         found = find_layers(curvature_fn, params)
-        if structure is not DIAGONAL:
-            _check_layers(found, factor_shapes(_sizes(found)), state)
+        in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
+        alone = [path for path in in_no_layer if jnp.size(gradients[path])]
+        shapes = {} if structure is DIAGONAL else factor_shapes(_sizes(found))
+        _check_layers(found, shapes, alone, state)
 
-        num_examples = count_examples(value_fn, params, batch_size)
-        average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
+        num_examples = count_examples(value_fn, params, batch_size) if found.found else batch_size or 1
+        before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
+        average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
         factors, squares, weight, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (state.factors, state.squares, state.weight, state.info.refused),
+            lambda _: (*before, state.weight, state.info.refused),
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
@@ -305,25 +325,31 @@ def scale_by_kronecker(
             sharding=root_sharding,
             **dampings,
         )
-        alone = squares if structure is DIAGONAL else [path for path, _ in found.others.values()]
-        unbiased = {path: squares[path] / weight_or_one for path in alone}
+        unbiased = {path: square / weight_or_one for path, square in squares.items()}
         damped_squares = {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
         results = precondition(found, powers, damped_squares, gradients)
         result = jax.tree.unflatten(treedef, list(results.values()))
         finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
         result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
-        spectra = [functools.reduce(jnp.multiply, several) for several in powers.extremes.values()]
+        spectra = [functools.reduce(jnp.multiply, powers.extremes[path]) for path in factors]
         spectra += damped_squares.values()
         info = KroneckerInfo(
-            largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra))),
-            smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra))),
+            num_layers=jnp.int32(len(factors)),
+            largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra), 0.0)),
+            smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra), jnp.inf)),
             age=jnp.max(powers.ages),
             norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
             finite=finite,
             refused=refused,
         )
         new_state = ScaleByKroneckerState(
-            optax.safe_increment(state.count), state.key, weight, factors, squares, powers, info
+            count=optax.safe_increment(state.count),
+            key=state.key,
+            weight=weight,
+            factors=state.factors | factors,
+            squares=state.squares | squares,
+            powers=powers,
+            info=info,
         )
         return optax.tree.cast_like(result, updates), new_state
 
@@ -351,12 +377,13 @@ def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
     def beyond(now: jax.Array, before: jax.Array) -> jax.Array:
         return (jnp.max(before) > 0) & (weight * jnp.max(now) > _OUTLIER * jnp.max(before))
 
-    return functools.reduce(jnp.logical_or, map(beyond, jax.tree.leaves(now), jax.tree.leaves(before)))
+    outliers = map(beyond, jax.tree.leaves(now), jax.tree.leaves(before))
+    return functools.reduce(jnp.logical_or, outliers, jnp.zeros((), bool))
 
 
 def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
     """Takes every array of several axes for the kernel of a layer whose outputs are the last."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items() if jnp.size(leaf)}
     return {path: (1, math.prod(shape[:-1]), shape[-1]) for path, shape in shapes.items() if len(shape) > 1}
 
 
@@ -372,16 +399,19 @@ def _factor_shapes(
     return [(stack, size, size) if size <= max_size else (stack, size) for size in sizes]
 
 
-def _check_layers(found: Layers, shapes: dict[str, list[tuple[int, ...]]], state: ScaleByKroneckerState) -> None:
-    """Raises if the state, made from the parameters' shapes or from other layers, does not fit."""
-    if not found.found:
-        raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{found}")
+def _check_layers(
+    found: Layers, shapes: dict[str, list[tuple[int, ...]]], alone: list[str], state: ScaleByKroneckerState
+) -> None:
+    """Raises if the state, made from the parameters' shapes or from given layers, does not fit the loss."""
     made = {path: [factor.shape for factor in several] for path, several in state.factors.items()}
-    homeless = [path for path, _ in found.others.values() if path not in state.squares]
-    if shapes != made or homeless:
+    fits = all(made.get(path) == several for path, several in shapes.items()) and state.squares.keys() >= set(alone)
+    if not fits and not found.found:
+        raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{found}")
+    if not fits:
         raise ValueError(
-            "The layers of the loss are not those the state was made for, from the parameters' shapes alone: make the "
-            f"optimiser with layers=optcurv.layers(value_fn, params), which are\n{found}"
+            "The layers of the loss are not those the state was made for, which without layers= are told by the "
+            "parameters' shapes alone: make the optimiser with layers=optcurv.layers(value_fn, params), which are\n"
+            f"{found}"
         )
 
 
@@ -391,21 +421,31 @@ def tso_alra(
     when: int | SwitchRule,
     preconditioner: optax.GradientTransformation = scale_by_kronecker(),  # noqa: B008  pure functions
     momentum: float | None = None,
-    max_update_norm: float | None = None,
+    max_update_norm: float | None = 1.0,
+    second_learning_rate: optax.ScalarOrSchedule | None = None,
+    second_momentum: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two-stage optimiser TSO-ALRA; emits the final signed step.
 
-    First :math:`w \leftarrow w - \eta\, F^{-1/2} g`, after the switch :math:`w \leftarrow w - \eta\, g` (Algorithm 1).
-    The paper's rate is 0.01 in both stages, with batches of 128. `optcurv.scale_by_kronecker` says what the update
-    needs; `optcurv.switch` what `when` may be.
+    .. math:: u = F^{-1/2} g, \qquad w \leftarrow w - \eta_1 \min(1, c / \|u\|)\, u
+
+    up to the switch, and :math:`w \leftarrow w - \eta_2\, g` after it (Algorithm 1). The paper has one rate for both
+    stages, 0.01 with batches of 128, and no bound c: `optcurv.tso_alra(0.01, when=..., max_update_norm=None)`. Without
+    a bound the first stage is stable only at rates that are too small for SGD; the default c = 1 allows larger ones.
+    Where the loss still jumps at the switch, give the second stage a smaller rate of its own.
+
+    `optcurv.scale_by_kronecker` says what the update needs; `optcurv.switch` what `when` may be.
 
     Args:
-      learning_rate: η, a number or a schedule, of all steps.
+      learning_rate: :math:`\eta_1`, a number or a schedule.
       when: to switch to SGD: a number of steps, or `optcurv.on_plateau(...)`.
       preconditioner: the first stage, by default `optcurv.scale_by_kronecker()`.
       momentum: β in :math:`m \leftarrow \beta m + u` in the first stage; default: none, as published.
-      max_update_norm: a bound on the norm of the preconditioned gradient; default: none, as published. With one, higher
-        rates are stable.
+      max_update_norm: c, a bound on the norm of the preconditioned gradient, before momentum; None for none, as
+        published.
+      second_learning_rate: :math:`\eta_2`, a number or a schedule whose steps count from the switch. Default:
+        `learning_rate`, as published; a schedule then goes on through the switch, counting all steps.
+      second_momentum: likewise β of the second stage, which begins at zero; default: none, as published.
 
     Returns:
       The optimiser.
@@ -438,5 +478,15 @@ def tso_alra(
     if momentum is not None:
         check_number("momentum", momentum, minimum=0.0, maximum=1.0)
         links.append(optax.trace(momentum))
-    first = optax.chain(*links)
-    return optax.chain(switch(first, optax.identity(), when), optax.scale_by_learning_rate(learning_rate))
+    first, second = optax.chain(*links), optax.identity()
+    if second_momentum is not None:
+        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0)
+        second = optax.trace(second_momentum)
+    if second_learning_rate is None:
+        return optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+    check_number("second_learning_rate", second_learning_rate, minimum=0.0)
+    return switch(
+        optax.chain(first, optax.scale_by_learning_rate(learning_rate)),
+        optax.chain(second, optax.scale_by_learning_rate(second_learning_rate)),
+        when,
+    )

@@ -23,7 +23,6 @@ class Case:
       curvature: whether `curvature_fn` changes the step.
       variant: whether it is another choice of options for a method that has a row already; `-m "not variant"` leaves
         such rows out.
-      needs_layers: whether a loss without layers is refused.
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
         along gradients elsewhere.
     """
@@ -34,7 +33,6 @@ class Case:
     static: tuple[str, ...] = ()
     needs_composite: bool = False
     curvature: bool = False
-    needs_layers: bool = False
     moves_without_gradient: bool = False
     variant: bool = False
 
@@ -73,10 +71,9 @@ def tso_alra_case(name: str, structure: optcurv.Structure, *, variant: bool = Tr
     return Case(
         name=name,
         factory=optcurv.tso_alra,
-        options={"learning_rate": 0.3, "when": 1000, "preconditioner": preconditioner},
+        options={"learning_rate": 0.2, "when": 1000, "preconditioner": preconditioner},
         static=("when", "preconditioner"),
         curvature=structure is not optcurv.DIAGONAL,
-        needs_layers=True,
         variant=variant,
     )
 

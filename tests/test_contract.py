@@ -85,7 +85,7 @@ def update_on(optimizer, params, loss, **extra_args):
 # Learning.
 
 
-@cases_where(lambda case: not case.needs_layers)
+@every_case
 def test_converges_on_an_ill_conditioned_quadratic(case):
     params, loss = problems.quadratic(condition=100.0)
     optimizer = case.make()
@@ -240,7 +240,7 @@ def test_any_structure_takes_the_same_path(case, build):
     assert_finite(state)
 
 
-@cases_where(lambda case: not case.needs_layers and not case.variant)
+@every_method
 @pytest.mark.parametrize("params", [jnp.asarray(3.0), 3.0, {"w": 3.0}], ids=["array", "float", "float-in-dict"])
 def test_scalar_parameters(case, params):
     loss = optcurv.Composite(lambda p: 2.0 * (jax.tree.leaves(p)[0] - 1.0), lambda residual: 0.5 * residual**2)
@@ -445,14 +445,6 @@ def test_loss_that_is_no_scalar(case):
     per_example = optcurv.Composite(loss.model_fn, lambda outputs: jnp.sum(outputs**2, axis=1))
     with pytest.raises(TypeError, match=r"real scalar.*mean"):
         optimizer.update(params, optimizer.init(params), params, value_fn=per_example)
-
-
-@cases_where(lambda case: case.needs_layers)
-def test_loss_without_layers(case):
-    params, loss = problems.quadratic()
-    optimizer = case.make()
-    with pytest.raises(ValueError, match="No layer was found"):
-        optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss)
 
 
 @cases_where(lambda case: case.needs_composite)

@@ -105,7 +105,7 @@ def test_state_follows_the_parameters():
     assert adam[0].mu == {"kernel": rows, "table": rows, "scale": everywhere}
     assert adam[0].count == everywhere
     kronecker = optcurv.state_shardings(optcurv.scale_by_kronecker(), params)
-    assert kronecker.squares == {"['table']": rows, "['scale']": everywhere}
+    assert kronecker.squares == {"['kernel']": rows, "['table']": rows, "['scale']": everywhere}
     assert set(jax.tree.leaves(kronecker.factors)) == {everywhere}
     with pytest.raises(TypeError, match="NamedSharding"):
         optcurv.state_shardings(optax.adam(0.1), {"kernel": np.ones(3)})

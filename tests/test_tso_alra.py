@@ -138,13 +138,39 @@ def test_after_the_switch_it_is_sgd_bit_for_bit():
 
 def test_first_stage_is_bounded_and_has_momentum():
     params, loss = unit_problem()
-    optimizer = optcurv.tso_alra(
-        0.1, when=9, momentum=0.5, max_update_norm=1.0, preconditioner=optcurv.scale_by_kronecker(damping=0.0)
-    )
+    preconditioner, gradient = optcurv.scale_by_kronecker(damping=0.0), jax.grad(loss)(params)
+    optimizer = optcurv.tso_alra(0.1, when=9, momentum=0.5, preconditioner=preconditioner)
     state = optimizer.init(params)
     for factor in (1.0, 1.5):  # 1, and 1 + 0.5
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        updates, state = optimizer.update(gradient, state, params, value_fn=loss)
         np.testing.assert_allclose(optax.tree.norm(updates), 0.1 * factor, rtol=1e-6)
+    published = optcurv.tso_alra(0.1, when=9, max_update_norm=None, preconditioner=preconditioner)
+    updates, _ = published.update(gradient, published.init(params), params, value_fn=loss)
+    np.testing.assert_allclose(updates["w"], -0.1 * gradient["w"], rtol=1e-6)
+
+
+def steps_of(**options):
+    """The steps of both stages, two of the first, where every gradient is 1 and so is every preconditioned one."""
+    optimizer = optcurv.tso_alra(when=2, preconditioner=optax.identity(), **options)
+    w, state, steps = jnp.array(0.0), optimizer.init(jnp.array(0.0)), []
+    for _ in range(5):
+        updates, state = optimizer.update(jnp.array(1.0), state, w)
+        steps.append(-float(updates))
+    return steps
+
+
+def test_second_stage_has_a_rate_and_a_momentum_of_its_own():
+    steps = steps_of(learning_rate=0.3, second_learning_rate=0.1, momentum=0.5, second_momentum=0.9)
+    np.testing.assert_allclose(steps, [0.3, 0.45, 0.1, 0.19, 0.271], rtol=1e-6)
+    steps = steps_of(learning_rate=0.3, second_momentum=0.9)
+    np.testing.assert_allclose(steps, [0.3, 0.3, 0.3, 0.57, 0.813], rtol=1e-6)
+
+
+def test_schedule_counts_all_steps_and_one_of_the_second_stage_from_the_switch():
+    schedule = lambda count: 0.1 + 0.01 * count  # noqa: E731
+    np.testing.assert_allclose(steps_of(learning_rate=schedule), [0.1, 0.11, 0.12, 0.13, 0.14], rtol=1e-6)
+    steps = steps_of(learning_rate=schedule, second_learning_rate=schedule)
+    np.testing.assert_allclose(steps, [0.1, 0.11, 0.1, 0.11, 0.12], rtol=1e-6)
 
 
 def test_preconditioned_gradients_are_white():
@@ -246,6 +272,92 @@ def test_given_layers_make_the_state_for_any_kernel():
     assert jnp.all(jnp.isfinite(updates["q"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "exponent"),
+    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "labels": optcurv.sample_gaussian}, 1)],
+    ids=["root", "inverse", "labels drawn"],
+)
+def test_a_loss_c_times_as_large(options, exponent):
+    params, loss_of, _ = two_layers()
+    plain = loss_of(0)
+    sevenfold = optcurv.Composite(plain.model_fn, lambda outputs: 7 * plain.loss_fn(outputs))
+    expected, _ = first_update(params, plain, rank=None, **options)
+    updates, _ = first_update(params, sevenfold, rank=None, **options)
+    for name in params:
+        np.testing.assert_allclose(
+            matrix_of(updates[name]), 7.0**exponent * matrix_of(expected[name]), rtol=1e-3, atol=1e-5
+        )
+
+
+# Parameters in no layer.
+
+
+def loss_with_one_layer(params):
+    """Of `two_layers`' parameters a multiplies activations as it is; b goes in squared."""
+    x, _ = data(0, 7)
+    return jnp.mean(jnp.sum((x @ params["a"]["kernel"]) ** 2, axis=1)) + optax.tree.norm(params["b"], squared=True)
+
+
+@pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.BLOCK])
+def test_parameters_in_no_layer_are_preconditioned_diagonally(structure):
+    params, _, _ = two_layers()
+    updates, state = first_update(params, loss_with_one_layer, structure=structure, damping=0.0)
+    _, given = first_update(params, loss_with_one_layer, layers=optcurv.layers(loss_with_one_layer, params))
+    gradient = jax.grad(loss_with_one_layer)(params)["b"]
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, np.sign(g) / 7**0.5, rtol=1e-5), updates["b"], gradient)
+    assert state.info.num_layers == 1
+    assert not np.allclose(np.abs(updates["a"]["kernel"]), 7**-0.5, rtol=0.1)
+    np.testing.assert_array_equal(state.squares["['b']['kernel']"], given.squares["['b']['kernel']"])
+    assert given.squares.keys() == state.squares.keys() - {"['a']['kernel']"}
+
+
+PARAMS_WITHOUT_LAYERS = {
+    "vector": jnp.array([-1.0, 10.0, 1.0]),
+    "matrix": jnp.array([[3.0, -2.0], [1.0, 4.0]]),
+    "scalar": jnp.array(3.0),
+    "float": 3.0,
+    "several": {"kernel": jnp.ones((3, 4)), "nothing": None, "scale": jnp.array(2.0)},
+}
+
+
+@pytest.mark.parametrize("params", PARAMS_WITHOUT_LAYERS.values(), ids=PARAMS_WITHOUT_LAYERS)
+@pytest.mark.parametrize("structure", [optcurv.KRONECKER, optcurv.DIAGONAL], ids=["kronecker", "diagonal"])
+def test_loss_without_layers_is_that_of_one_example(structure, params):
+    loss = lambda p: optax.tree.norm(p, squared=True)  # noqa: E731
+    updates, state = first_update(params, loss, structure=structure, damping=0.0)
+    jax.tree.map(lambda u: np.testing.assert_allclose(np.abs(u), 1.0, rtol=1e-6), updates)
+    assert state.info.num_layers == 0
+    updates, _ = first_update(params, loss, structure=structure, damping=0.0, batch_size=16)
+    jax.tree.map(lambda u: np.testing.assert_allclose(np.abs(u), 0.25, rtol=1e-6), updates)
+
+
+def test_loss_without_layers_is_refused_where_layers_were_given():
+    params, loss_of, _ = two_layers()
+    with pytest.raises(ValueError, match="No layer was found"):
+        first_update(params, lambda p: optax.tree.norm(p, squared=True), layers=optcurv.layers(loss_of(0), params))
+    with pytest.raises(ValueError, match="are not those the state was made for"):
+        first_update(params, loss_with_one_layer, layers=optcurv.layers(loss_of(0), params))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (4, 0)])
+def test_empty_parameters_change_nothing(shape):
+    params, loss = unit_problem()
+    empty, x = jnp.ones(shape), jnp.ones((4, shape[0]))
+    expected, _ = first_update(params, loss)
+    updates, state = first_update(
+        params | {"empty": empty, "nothing": None}, lambda p: loss(p) + jnp.sum(x @ p["empty"]) + jnp.sum(p["empty"])
+    )
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+    assert updates["empty"].shape == shape
+    assert all(leaf.size for leaf in jax.tree.leaves(state))  # checkpoints hold no empty arrays
+
+
+def test_a_tree_without_arrays_is_returned_as_it_is():
+    for params in ({}, {"nothing": None}):
+        updates, _ = first_update(params, lambda p: jnp.float32(1.0))
+        assert updates == params
+
+
 def test_statistics_that_are_not_finite_are_not_averaged_in():
     params, loss_of, _ = two_layers()
     optimizer = optcurv.scale_by_kronecker(factor_every=1)
@@ -310,3 +422,11 @@ def test_curvature_closure_gives_the_factors():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         optcurv.scale_by_kronecker(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 1.5}, {"max_update_norm": 0.0}, {"second_momentum": -0.1}, {"second_learning_rate": -1.0}]
+)
+def test_bad_options_of_the_stages(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        optcurv.tso_alra(0.1, when=3, **options)

@@ -1,5 +1,6 @@
 """The two-stage experiments: data kept apart, figures of a run, verdicts, and the command end to end."""
 
+import dataclasses
 import json
 import math
 
@@ -107,6 +108,35 @@ def test_runs_found_are_kept(tmp_path, monkeypatch):
         two_stages.measure(problem, [other], 1, path, kept, told.append)
     with pytest.raises(TypeError):
         two_stages.measure(problem, [one], 2, path, kept, told.append)
+
+
+def test_rates_are_tuned_beyond_the_grid_and_the_edge_is_marked(tmp_path, monkeypatch):
+    class Trainer:
+        """The larger the rate, the better, but from 3 on nothing is a number."""
+
+        def __init__(self, problem, family):
+            pass
+
+        def run(self, setting, seed, with_test):
+            rate, share = setting["learning rate"], setting["switch at"]
+            loss = 1 / rate + share if rate < 3 else math.nan
+            evaluations = {"epochs": [1], "seconds": [1.0], "validation_loss": [loss], "test_loss": [loss]}
+            return two_stages.Run(dict(setting), seed, evaluations | {"test_accuracy": [0.5]})
+
+    monkeypatch.setattr(two_stages, "Trainer", Trainer)
+    problem = two_stages.make_problem(Dataset(images(1000), images(100, 1)), Mlp(hidden=(16,)), 256, 2)
+    grid = {"learning rate": (0.01, 0.1, 0.3), "switch at": (0.2, 0.4)}
+    families = [two_stages.Family(name, grid, two_stages._sgd) for name in ("SGD", "one setting")]
+    families[1] = dataclasses.replace(families[1], grid={name: values[-1:] for name, values in grid.items()})
+    results = two_stages.measure(problem, families, 1, tmp_path / "net.json", Kept(tmp_path), lambda text: None)
+    tried = [(run.setting["learning rate"], run.setting["switch at"]) for run in results[0].tuning]
+    assert tried == [(rate, share) for rate in (0.01, 0.1, 0.3, 0.9, 2.7, 8.1) for share in (0.2, 0.4)]
+    assert [result.best_setting() for result in results] == [
+        "learning rate 2.7, switch at 0.2 (edge)",
+        "learning rate 0.3, switch at 0.4",
+    ]
+    assert two_stages.results_table("title", results).row_count == 2
+    assert 0.01 in two_stages._TSO_RATES["learning rate"]  # the paper's own
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
