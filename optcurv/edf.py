@@ -12,8 +12,9 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_count,
+    check_function,
     check_number,
-    required_value_fn,
+    checked,
     scheduled,
 )
 from optcurv.curvature import CurvatureFn, gauss_newton_product
@@ -97,8 +98,7 @@ def scale_by_edf(
     check_count("krylov_dim", krylov_dim)
     check_number("damping_scale", damping_scale, minimum=0.0)
     check_number("damping_power", damping_power, minimum=0.0)
-    if not callable(curvature):
-        raise TypeError(f"curvature must be a function like optcurv.gauss_newton_product, got {curvature!r}.")
+    check_function("curvature", curvature, "value_fn, params", "such as optcurv.gauss_newton_product")
 
     def init(params: PyTree) -> ScaleByEdfState:
         del params
@@ -111,13 +111,12 @@ def scale_by_edf(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         value: chex.Numeric = 0.0,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByEdfState]:
         del extra_args  # those of the other links in a chain
-        value_fn = required_value_fn("scale_by_edf", params, value_fn)
         gradient = at_least_float32(updates)
         norm = optax.tree.norm(gradient)
         scale = scheduled(damping_scale, state.count, norm.dtype)
@@ -141,7 +140,7 @@ def scale_by_edf(
         new_state = ScaleByEdfState(count=optax.safe_increment(state.count), info=info)
         return optax.tree.cast_like(direction, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_edf", init, update)
 
 
 class ScaleByNesterovFlowState(NamedTuple):
@@ -151,7 +150,7 @@ class ScaleByNesterovFlowState(NamedTuple):
     velocity: PyTree
 
 
-def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
+def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformationExtraArgs:
     r"""Accelerates steps by a friction that fades as α/t; keeps the sign it is given, and follows the learning rate.
 
     The W2 scheme of EDF: Eq. 25 with :math:`\kappa = \alpha / t`, discretised as by Su, Boyd and Candès (2014). With
@@ -181,13 +180,15 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
       >>> print(updates)
       [-0.1]
     """
-    check_number("alpha", alpha, minimum=0.0, exclusive=True)
+    check_number("alpha", alpha, minimum=0.0, exclusive=True, constant=True)
 
     def init(params: PyTree) -> ScaleByNesterovFlowState:
         return ScaleByNesterovFlowState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, ScaleByNesterovFlowState]:
-        del params
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, ScaleByNesterovFlowState]:
+        del params, extra_args
         n = optax.safe_increment(state.count)
         # At n = 1 the previous velocity is zero, so its factor does not matter.
         old_factor, factor = jnp.maximum(n - 2, 0) / (n + alpha - 2), (n - 1) / (n + alpha - 1)
@@ -196,7 +197,7 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformation:
         new_state = ScaleByNesterovFlowState(n, optax.tree.cast_like(velocity, state.velocity))
         return optax.tree.cast_like(accelerated, updates), new_state
 
-    return optax.GradientTransformation(init, update)
+    return checked("scale_by_nesterov_flow", init, update, needs_loss=False)
 
 
 def edf(
@@ -243,12 +244,14 @@ def edf(
       >>> print(loss(w) < 1e-2)
       True
     """
+    check_number("learning_rate", learning_rate, minimum=0.0)
     direction = scale_by_edf(krylov_dim, curvature=curvature, damping_scale=damping_scale, damping_power=damping_power)
     scale = optax.scale_by_learning_rate(learning_rate)
     if acceleration is None:
         return optax.chain(direction, scale)
     if acceleration == "momentum":
-        return optax.chain(direction, optax.ema(0.9, debias=False), scale)
+        average = optax.with_extra_args_support(optax.ema(0.9, debias=False))
+        return optax.chain(direction, checked("edf", *average, needs_loss=False), scale)
     if acceleration == "nesterov":
         return optax.chain(direction, scale, scale_by_nesterov_flow())
     raise ValueError(f'acceleration must be None, "momentum" or "nesterov", got {acceleration!r}.')

@@ -202,7 +202,7 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
       [-2. -1.] 2 CONVERGED
     """
     check_count("max_iter", max_iter)
-    check_number("tol", tol, minimum=0.0)
+    check_number("tol", tol, minimum=0.0, constant=True)
 
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
         del key  # nothing here is random

@@ -12,7 +12,7 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_number,
-    required_value_fn,
+    checked,
     scalar_fn,
     scheduled,
 )
@@ -108,13 +108,13 @@ def scale_by_parabolic_linesearch(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         value: chex.Numeric | None = None,
         grad: PyTree = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByParabolicLinesearchState]:
         del extra_args  # those of the other links in a chain
-        loss = scalar_fn(required_value_fn("scale_by_parabolic_linesearch", params, value_fn))
+        loss = scalar_fn(value_fn)
         if exact_slope and grad is None:  # costs nothing where the caller's gradient shares this jit
             value, grad = jax.value_and_grad(loss)(params)
         elif value is None:
@@ -140,7 +140,7 @@ def scale_by_parabolic_linesearch(
         new_state = ScaleByParabolicLinesearchState(count=optax.safe_increment(state.count), info=info)
         return optax.tree.cast_like(scaled, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_parabolic_linesearch", init, update)
 
 
 def _step_and_case(
@@ -153,11 +153,16 @@ def _step_and_case(
     return jnp.minimum(step, max_step), jnp.where(downhill, jnp.where(convex, 1, 2), 3)
 
 
-def _momentum(decay: float) -> optax.GradientTransformation:
+def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
     """`optax.trace`, but it keeps no gradient that is not finite, and forgets a spike."""
 
-    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.TraceState]:
-        del params
+    def init(params: PyTree) -> optax.TraceState:
+        return optax.TraceState(optax.tree.zeros_like(params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.TraceState]:
+        del params, extra_args
         largest, remembered = (optax.tree.norm(tree, ord="inf") for tree in (updates, state.trace))
         finite = jnp.isfinite(largest)
         kept = jnp.where(finite, jnp.where(remembered > 1000 * largest, 0.0, decay), 1.0)
@@ -166,7 +171,7 @@ def _momentum(decay: float) -> optax.GradientTransformation:
         emitted = optax.tree.scale(jnp.where(finite, 1.0, jnp.nan), trace)  # the search then stays where it is
         return optax.tree.cast_like(emitted, updates), optax.TraceState(trace)
 
-    return optax.GradientTransformation(lambda params: optax.TraceState(optax.tree.zeros_like(params)), update)
+    return checked("pal", init, update)
 
 
 def pal(
@@ -219,9 +224,9 @@ def pal(
     """
     check_number("measuring_step", measuring_step, minimum=0.0, exclusive=True)
     check_number("max_step", max_step, minimum=0.0, exclusive=True)
-    check_number("momentum", momentum, minimum=0.0, maximum=1.0)
-    check_number("decay", decay, minimum=0.0, maximum=1.0, exclusive=True)
-    check_number("decay_steps", decay_steps, minimum=1)
+    check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
+    check_number("decay", decay, minimum=0.0, maximum=1.0, exclusive=True, constant=True)
+    check_number("decay_steps", decay_steps, minimum=1, constant=True)
 
     def decayed(value: optax.ScalarOrSchedule) -> optax.Schedule:
         return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, check_count, check_number
+from optcurv.arguments import PyTree, check_count, check_number, check_transformation, checked
 
 
 class SwitchRule(NamedTuple):
@@ -67,7 +67,7 @@ def on_plateau(patience: int, min_delta: float = 0.0) -> SwitchRule:
       1
     """
     check_count("patience", patience)
-    check_number("min_delta", min_delta, minimum=0.0)
+    check_number("min_delta", min_delta, minimum=0.0, constant=True)
 
     def update(state: PlateauState, value: chex.Numeric | None) -> tuple[PlateauState, jax.Array]:
         if value is None:
@@ -144,6 +144,8 @@ def switch(
       -1.0
       -0.1
     """
+    check_transformation("first", first)
+    check_transformation("second", second)
     first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
     if not isinstance(when, SwitchRule):
         if isinstance(when, bool) or not isinstance(when, int):
@@ -184,4 +186,4 @@ def switch(
         info = SwitchInfo(stage.astype(jnp.int32))
         return new_updates, SwitchState(rule_state, first_state, second_state, info)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("switch", init, update, needs_loss=False)

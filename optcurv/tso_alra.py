@@ -15,9 +15,11 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_count,
+    check_function,
     check_number,
+    check_transformation,
+    checked,
     path_name,
-    required_value_fn,
     scheduled,
     wide_dtype,
 )
@@ -177,7 +179,7 @@ def scale_by_kronecker(
       >>> print(loss(params) < 1e-3 * start)
       True
     """
-    check_number("power", power)
+    check_number("power", power, constant=True)
     if isinstance(power, int | float) and power >= 0:
         raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
     check_number("factor_decay", factor_decay, minimum=0.0, maximum=1.0)
@@ -189,7 +191,10 @@ def scale_by_kronecker(
         check_count(name, number)
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
-
+    if labels is not None:
+        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical")
+    if layers is not None and not isinstance(layers, Layers):
+        raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
     if root_sharding is not None:
         check_splits_rows("root_sharding", root_sharding)
 
@@ -267,12 +272,11 @@ def scale_by_kronecker(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByKroneckerState]:
         del extra_args  # those of the other links in a chain
-        value_fn = required_value_fn("scale_by_kronecker", params, value_fn)
         gradient = at_least_float32(updates)
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
@@ -327,13 +331,11 @@ def scale_by_kronecker(
         )
         return optax.tree.cast_like(result, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_kronecker", init, update)
 
 
 def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
-    if composite.has_aux:
-        return lambda params: composite.model_fn(params)[0]
-    return composite.model_fn
+    return lambda params: composite.outputs_and_aux(params)[0]
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -431,12 +433,14 @@ def tso_alra(
       >>> print(loss(params) < 1e-2 * start)
       True
     """
+    check_number("learning_rate", learning_rate, minimum=0.0)
+    check_transformation("preconditioner", preconditioner)
     links = [preconditioner]
     if max_update_norm is not None:
-        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True)
+        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True, constant=True)
         links.append(optax.clip_by_global_norm(max_update_norm))
     if momentum is not None:
-        check_number("momentum", momentum, minimum=0.0, maximum=1.0)
+        check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
         links.append(optax.trace(momentum))
     first = optax.chain(*links)
     return optax.chain(switch(first, optax.identity(), when), optax.scale_by_learning_rate(learning_rate))
