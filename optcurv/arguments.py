@@ -103,20 +103,21 @@ def checked(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
         given = {name: value for name, value in extra_args.items() if value is not None}
-        gradients = {"updates": updates} | ({"grad": given["grad"]} if "grad" in given else {})
+        like = updates if params is None else params
         if needs_loss:
             _check_loss(method, params, given)
-        if params is not None:
-            for name, tree in gradients.items():
-                check_like(name, tree, params)
+        check_like("updates", updates, like)
+        if not any(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(updates)):
+            return updates, state
+        gradients = {"updates": updates} | ({"grad": given["grad"]} if "grad" in given else {})
+        for name, tree in gradients.items():
+            check_like(name, tree, like)
         if needs_loss:
             for name, tree in ({"params": params} | gradients).items():
                 _check_real(name, tree)
         for name in {"value", "monitored_value"} & set(given):
             _check_scalar(name, given[name])
-        _check_state(method, state, init, updates if params is None else params)
-        if not any(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(updates)):
-            return updates, state
+        _check_state(method, state, init, like)
         return update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, checked_update)

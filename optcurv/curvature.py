@@ -214,16 +214,7 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
             "    )\n"
             "or choose curvature=optcurv.hessian_product, which takes any closure."
         )
-    try:
-        outputs, jacobian_product, _ = jax.linearize(composite.outputs_and_aux, params, has_aux=True)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "gauss_newton_product differentiates the model forwards, and a function in it has a derivative for the "
-            "backward pass only: define that by jax.custom_jvp in place of jax.custom_vjp, which serves both, or "
-            "choose curvature=optcurv.hessian_product."
-        ) from error
+    outputs, jacobian_product, _ = jax.linearize(composite.outputs_and_aux, params, has_aux=True)
     transposed_product = jax.linear_transpose(jacobian_product, params)
     loss_hessian_product = hessian_product(composite.loss_of_outputs, outputs)
 

@@ -248,10 +248,11 @@ def edf(
     direction = scale_by_edf(krylov_dim, curvature=curvature, damping_scale=damping_scale, damping_power=damping_power)
     scale = optax.scale_by_learning_rate(learning_rate)
     if acceleration is None:
-        return optax.chain(direction, scale)
-    if acceleration == "momentum":
-        average = optax.with_extra_args_support(optax.ema(0.9, debias=False))
-        return optax.chain(direction, checked("edf", *average, needs_loss=False), scale)
-    if acceleration == "nesterov":
-        return optax.chain(direction, scale, scale_by_nesterov_flow())
-    raise ValueError(f'acceleration must be None, "momentum" or "nesterov", got {acceleration!r}.')
+        links = [direction, scale]
+    elif acceleration == "momentum":
+        links = [direction, optax.ema(0.9, debias=False), scale]
+    elif acceleration == "nesterov":
+        links = [direction, scale, scale_by_nesterov_flow()]
+    else:
+        raise ValueError(f'acceleration must be None, "momentum" or "nesterov", got {acceleration!r}.')
+    return checked("edf", *optax.chain(*links))

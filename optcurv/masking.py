@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, ValueFn, check_function, check_like, check_transformation, describe
+from optcurv.arguments import PyTree, ValueFn, check_function, check_transformation, checked, describe
 from optcurv.curvature import Composite
 
 
@@ -68,19 +68,17 @@ def masked(
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, PyTree]:
         if params is not None:
-            check_like("updates", updates, params)
             updates = jax.tree.map(_integer_zeros, updates, params)
         mask_tree = mask_of(updates)
         reduced = dict(extra_args)
         if extra_args.get("grad") is not None:
-            check_like("grad", extra_args["grad"], updates)
             reduced["grad"] = _under_mask(mask_tree, extra_args["grad"])
         for name in ("value_fn", "curvature_fn"):
             if callable(extra_args.get(name)) and params is not None:
                 reduced[name] = _with_the_rest(extra_args[name], mask_tree, params)
         return transformation.update(updates, state, params, **reduced)
 
-    return optax.GradientTransformationExtraArgs(transformation.init, update)
+    return checked("masked", transformation.init, update, needs_loss=False)
 
 
 def _integer_zeros(update: Any, param: Any) -> Any:

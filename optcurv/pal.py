@@ -153,16 +153,11 @@ def _step_and_case(
     return jnp.minimum(step, max_step), jnp.where(downhill, jnp.where(convex, 1, 2), 3)
 
 
-def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
+def _momentum(decay: float) -> optax.GradientTransformation:
     """`optax.trace`, but it keeps no gradient that is not finite, and forgets a spike."""
 
-    def init(params: PyTree) -> optax.TraceState:
-        return optax.TraceState(optax.tree.zeros_like(params))
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.TraceState]:
-        del params, extra_args
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.TraceState]:
+        del params
         largest, remembered = (optax.tree.norm(tree, ord="inf") for tree in (updates, state.trace))
         finite = jnp.isfinite(largest)
         kept = jnp.where(finite, jnp.where(remembered > 1000 * largest, 0.0, decay), 1.0)
@@ -171,7 +166,7 @@ def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
         emitted = optax.tree.scale(jnp.where(finite, 1.0, jnp.nan), trace)  # the search then stays where it is
         return optax.tree.cast_like(emitted, updates), optax.TraceState(trace)
 
-    return checked("pal", init, update)
+    return optax.GradientTransformation(lambda params: optax.TraceState(optax.tree.zeros_like(params)), update)
 
 
 def pal(
@@ -234,4 +229,4 @@ def pal(
     search = scale_by_parabolic_linesearch(
         decayed(measuring_step), curvature_factor=curvature_factor, max_step=decayed(max_step), exact_slope=exact_slope
     )
-    return optax.chain(_momentum(momentum), optax.scale(-1.0), search)
+    return checked("pal", *optax.chain(_momentum(momentum), optax.scale(-1.0), search))

@@ -171,18 +171,18 @@ def switch(
         if monitored_value is not None:
             extra_args["monitored_value"] = monitored_value
 
-        def run_first(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        def run_first() -> tuple[PyTree, PyTree, PyTree]:
             new_updates, new_state = first.update(updates, state.first, params, **extra_args)
             return optax.tree.cast_like(new_updates, updates), new_state, state.second
 
-        def run_second(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        def run_second() -> tuple[PyTree, PyTree, PyTree]:
             start = state.second if params is None else second.init(params)
             start = optax.tree.where(switched, state.second, start)
             new_updates, new_state = second.update(updates, start, params, **extra_args)
             return optax.tree.cast_like(new_updates, updates), state.first, new_state
 
         stage = switched | is_time
-        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first, updates)
+        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first)
         info = SwitchInfo(stage.astype(jnp.int32))
         return new_updates, SwitchState(rule_state, first_state, second_state, info)
 

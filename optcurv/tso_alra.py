@@ -443,4 +443,5 @@ def tso_alra(
         check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
         links.append(optax.trace(momentum))
     first = optax.chain(*links)
-    return optax.chain(switch(first, optax.identity(), when), optax.scale_by_learning_rate(learning_rate))
+    second = optax.identity()
+    return checked("tso_alra", *optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate)))
