@@ -97,8 +97,8 @@ class Composite:
             if self.has_aux or not (type(outputs) is tuple and len(outputs) == 2):
                 raise
             raise TypeError(
-                "Composite.loss_fn failed on the pair that model_fn returned. If the second of the two is auxiliary "
-                "output, such as Flax's batch_stats, say Composite(..., has_aux=True)."
+                "Composite.loss_fn failed on the pair that model_fn returned, see above. If the second of the two is "
+                "auxiliary output, such as Flax's batch_stats, say Composite(..., has_aux=True)."
             ) from error
 
     def of(self, params_from: Callable[[Any], PyTree]) -> "Composite":

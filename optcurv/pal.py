@@ -76,7 +76,8 @@ def scale_by_parabolic_linesearch(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params.
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
 
     Example:

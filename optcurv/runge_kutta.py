@@ -116,7 +116,8 @@ def runge_kutta(
       The transformation.
 
     Raises:
-      ValueError: if `step_size` is not positive, or `update` is called without params.
+      ValueError: if `step_size` is not positive, or `update` is called without params or with a gradient or a state
+        that does not fit them.
       TypeError: if an argument has the wrong type, or `update` is called without `value_fn`.
 
     Example:

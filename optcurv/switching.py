@@ -130,8 +130,8 @@ def switch(
       The transformation. It hands all extra arguments on; a rule sees `monitored_value`.
 
     Raises:
-      ValueError: if a number of steps is negative.
-      TypeError: if `when` is neither.
+      ValueError: if a number of steps is negative, or `update` is called with a state that does not fit the parameters.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax, optcurv

@@ -130,8 +130,8 @@ def trust_region(
       The optimiser.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; outside of jit, if the shape is not
-        positive definite (inside, such a step is rejected).
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them; outside of jit, if the shape is not positive definite (inside, such a step is rejected).
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
 
     Example:

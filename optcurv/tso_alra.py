@@ -157,8 +157,9 @@ def scale_by_kronecker(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; if no layer is found, if the layers
-        differ from those the state was made for, or if the number of examples cannot be told.
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them; if no layer is found, if the layers differ from those the state was made for, or if the
+        number of examples cannot be told.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
         is no `Composite` where labels are drawn.
 
