@@ -52,6 +52,12 @@ def _rewritten(jaxpr: Any) -> Any:
 
 
 def _rewritten_equation(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+    if eqn.primitive.name == "custom_lin":  # JAX itself would raise, but under jit not before it compiles
+        raise TypeError(
+            "This product differentiates the model forwards, and a function in it has only the backward derivative of "
+            "jax.custom_vjp. Define it by jax.custom_jvp, which serves both directions, or choose "
+            "curvature=optcurv.hessian_product."
+        )
     if eqn.primitive.name == "conv_general_dilated":
         dimensions = eqn.params["dimension_numbers"]
         return [eqn] if dimensions == _canonical_dimensions(len(dimensions.lhs_spec)) else _canonical_equations(eqn)

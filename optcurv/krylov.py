@@ -41,8 +41,8 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
     The solution stays as it is once it is as good as rounding allows: where the residual r has
     :math:`\|A r\| \le 1000\, \epsilon\, \|A\|_F \|r\|` (a least-squares solution; also where the Krylov space is
     exhausted) or :math:`\|r\| \le 4 \epsilon (\|A\|_F \|x\| + \|b\|)`, or where a step is so long that its rounding,
-    :math:`4 \epsilon \|A\|_F \|\Delta x\|`, exceeds what the residual would gain; all as the recurrence has them. Further
-    steps would only lead away: on a singular A to 10⁶ times the length of the pseudo-inverse's solution.
+    :math:`4 \epsilon \|A\|_F \|\Delta x\|`, exceeds what the residual would gain; all as the recurrence has them.
+    Further steps would only lead away: on a singular A to 10⁶ times the length of the pseudo-inverse's solution.
 
     The steps are unrolled: they are few as a rule, and an operator's convolutions stay as fast as they are outside of
     loops even where it does not come from `optcurv.curvature`. Compile time grows in proportion to `num_steps`.
@@ -100,7 +100,7 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
 
         converged = jnp.hypot(delta, cos * beta) <= 1000 * epsilon * operator_norm
         converged |= jnp.abs(residual) <= 4 * epsilon * (operator_norm * length + norm)
-        # r'Ar / r'r is negative at some step exactly if A has negative curvature in the Krylov space (Liu, Roosta 2022).
+        # r'Ar / r'r: negative at some step exactly if A has negative curvature in the space (Liu and Roosta 2022).
         residual_curvature = cos * delta
 
         # The solution follows along q.
@@ -224,7 +224,7 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
       [-2. -1.] 2 CONVERGED
     """
     check_count("max_iter", max_iter)
-    check_number("tol", tol, minimum=0.0)
+    check_number("tol", tol, minimum=0.0, constant=True)
 
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
         del key  # nothing here is random

@@ -15,9 +15,11 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_count,
+    check_function,
     check_number,
+    check_transformation,
+    checked,
     path_name,
-    required_value_fn,
     scheduled,
     wide_dtype,
 )
@@ -165,9 +167,9 @@ def scale_by_kronecker(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; if layers are not of the shapes
-        that the state was made for, if the loss lacks one of the given `layers`, or if the number of examples cannot be
-        told.
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them; if layers are not of the shapes that the state was made for, if the loss lacks one of the
+        given `layers`, or if the number of examples cannot be told.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
         is no `Composite` where labels are drawn.
 
@@ -188,7 +190,7 @@ def scale_by_kronecker(
       >>> print(loss(params) < 1e-3 * start)
       True
     """
-    check_number("power", power)
+    check_number("power", power, constant=True)
     if isinstance(power, int | float) and power >= 0:
         raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
     check_number("factor_decay", factor_decay, minimum=0.0, maximum=1.0)
@@ -200,7 +202,10 @@ def scale_by_kronecker(
         check_count(name, number)
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
-
+    if labels is not None:
+        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical")
+    if layers is not None and not isinstance(layers, Layers):
+        raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
     if root_sharding is not None:
         check_splits_rows("root_sharding", root_sharding)
 
@@ -284,12 +289,11 @@ def scale_by_kronecker(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByKroneckerState]:
         del extra_args  # those of the other links in a chain
-        value_fn = required_value_fn("scale_by_kronecker", params, value_fn)
         gradient = at_least_float32(updates)
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
@@ -353,13 +357,11 @@ def scale_by_kronecker(
         )
         return optax.tree.cast_like(result, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_kronecker", init, update)
 
 
 def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
-    if composite.has_aux:
-        return lambda params: composite.model_fn(params)[0]
-    return composite.model_fn
+    return lambda params: composite.outputs_and_aux(params)[0]
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -471,22 +473,26 @@ def tso_alra(
       >>> print(loss(params) < 1e-2 * start)
       True
     """
+    check_number("learning_rate", learning_rate, minimum=0.0)
+    check_transformation("preconditioner", preconditioner)
     links = [preconditioner]
     if max_update_norm is not None:
-        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True)
+        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True, constant=True)
         links.append(optax.clip_by_global_norm(max_update_norm))
     if momentum is not None:
-        check_number("momentum", momentum, minimum=0.0, maximum=1.0)
+        check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
         links.append(optax.trace(momentum))
     first, second = optax.chain(*links), optax.identity()
     if second_momentum is not None:
-        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0)
+        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0, constant=True)
         second = optax.trace(second_momentum)
     if second_learning_rate is None:
-        return optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+        stages = optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+        return checked("tso_alra", *stages)
     check_number("second_learning_rate", second_learning_rate, minimum=0.0)
-    return switch(
+    stages = switch(
         optax.chain(first, optax.scale_by_learning_rate(learning_rate)),
         optax.chain(second, optax.scale_by_learning_rate(second_learning_rate)),
         when,
     )
+    return checked("tso_alra", *stages)

@@ -25,6 +25,7 @@ class Case:
         such rows out.
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
         along gradients elsewhere.
+      optax_first: whether a transformation of optax's sees a call before ours does, and answers wrong ones.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     curvature: bool = False
     moves_without_gradient: bool = False
     variant: bool = False
+    optax_first: bool = False
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.options)
@@ -98,7 +100,7 @@ CASES = [
     ),
     Case("pal", optcurv.pal, static=("exact_slope",)),
     Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}, variant=True),
-    Case("adam-parabolic-linesearch", adam_with_linesearch),
+    Case("adam-parabolic-linesearch", adam_with_linesearch, optax_first=True),
     trust_region_case("trust-region", variant=False),
     trust_region_case(
         "trust-region-full-matrix-gauss-newton",
