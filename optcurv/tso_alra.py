@@ -116,8 +116,9 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`). Parameters in no layer are scaled by the same power
-    of their average squared gradient, per example like the factors: RMSProp without momentum.
+    The layers are found in the loss closure. Parameters in no layer are scaled by the same power of their average
+    squared gradient, each example's own like the factors', or an estimate from the batch's: RMSProp without momentum.
+    `optcurv.layers` says which, and how to leave a layer out.
 
     The update takes the extra arguments `value_fn` (required, a mean over examples) and `curvature_fn` (the loss on a
     smaller batch, for the factors only). Updates that are not finite become zero. Statistics that are not finite are
@@ -193,6 +194,8 @@ def scale_by_kronecker(
     if root_sharding is not None:
         check_splits_rows("root_sharding", root_sharding)
 
+    leave_out = () if layers is None else layers.left_out
+
     def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
         return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
 
@@ -216,14 +219,15 @@ def scale_by_kronecker(
             info=KroneckerInfo(zero(), zero(), jnp.zeros((), jnp.int32), zero(), ~false(), false()),
         )
 
-    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
-        """Returns the factors of one batch."""
+    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
+        """Returns the factors of one batch, and the squared gradients that are to be had of other parameters."""
+        options = {"batch_size": batch_size, "max_positions": max_positions, "leave_out": leave_out}
         if labels is None:
-            found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
+            found, taps, squares = tap(value_fn, params, **options)
         elif isinstance(value_fn, Composite):
             sampler = labels
             sample = lambda outputs: sampler(own_key(key, outputs), outputs)  # noqa: E731
-            found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
+            found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
         shapes = factor_shapes(_sizes(found))
@@ -231,7 +235,7 @@ def scale_by_kronecker(
             layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
             for layer, uses in zip(found.found, taps, strict=True)
         }
-        return mean_over_devices(factors)
+        return mean_over_devices((factors, squares))
 
     def average(
         value_fn: ValueFn, num_examples: int, state: ScaleByKroneckerState, params: PyTree, gradients: dict
@@ -239,8 +243,8 @@ def scale_by_kronecker(
         """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        factors = measure(value_fn, key, params) if state.factors else {}
-        squares = {path: num_examples * gradients[path] ** 2 for path in state.squares}
+        factors, own = measure(value_fn, key, params) if state.factors else ({}, {})
+        squares = {path: own.get(path, num_examples * gradients[path] ** 2) for path in state.squares}
         now, before = (factors, squares), (state.factors, state.squares)
         mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
         outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
@@ -277,11 +281,11 @@ def scale_by_kronecker(
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
         curvature_fn = curvature_fn or value_fn
-        found = find_layers(curvature_fn, params)
+        found = find_layers(curvature_fn, params, leave_out=leave_out)
         if structure is not DIAGONAL:
             _check_layers(found, factor_shapes(_sizes(found)), state)
 
-        num_examples = count_examples(value_fn, params, batch_size)
+        num_examples = count_examples(value_fn, params, batch_size, leave_out)
         average_in = lambda operands: average(curvature_fn, num_examples, state, *operands)  # noqa: E731
         factors, squares, weight, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),

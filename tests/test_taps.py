@@ -156,7 +156,7 @@ def test_taps_give_per_example_gradients_and_leaves_undoes_parts(name):
     def of_each_layer(params):
         """From taps, by `jax.vmap` of `jax.grad`, and the leaves again."""
         expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
-        leaves, (_, taps), rows = jax.tree.leaves(params), tap(loss, params), []
+        leaves, taps, rows = jax.tree.leaves(params), tap(loss, params).uses, []
         for layer, uses in zip(found.found, taps, strict=True):
             actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
             reference = jax.vmap(functools.partial(matrices, layer))(expected)
