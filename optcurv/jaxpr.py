@@ -253,7 +253,7 @@ class Lookup(Place):
       mode: what becomes of an index out of bounds.
     """
 
-    mode: jax.lax.GatherScatterMode
+    mode: Any
 
 
 class Recording(NamedTuple):
@@ -378,7 +378,7 @@ class _Recorder:
     def _equation(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
         name = eqn.primitive.name
         if name in _CASTS:
-            return _bind(eqn, values), marks
+            return _bind(eqn, values), [_alike(eqn, mark) for mark in marks]
         if any(map(_views, marks)) and name in _CALLS:
             (jaxpr,) = (value for value in eqn.params.values() if _is_jaxpr(value))
             return self.walk(jaxpr, values, marks)
@@ -387,27 +387,18 @@ class _Recorder:
         mark = _rearranged(eqn, marks)
         if mark is None and any(_sources(mark, name) for mark in marks):
             return self._meeting(eqn, values, marks)
-        if isinstance(mark, _Entrywise):
-            mark = mark._replace(derivative=_bind(eqn, [mark.derivative])[0])
-        return _bind(eqn, values), [mark]
+        return _bind(eqn, values), [_alike(eqn, mark)]
 
     def _meeting(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
         """Parameters meet activations, or one another."""
         name = eqn.primitive.name
-        product = _product(eqn, marks)
-        if product is not None:
-            self._lose(eqn, [None if _views(mark) else mark for mark in marks])
+        place = _product(eqn, marks) or _lookup(eqn, marks)
+        if place is not None:
+            self._lose(eqn, [None if _views(mark) == place.views else mark for mark in marks])
             (result,) = _bind(eqn, values)
-            axes = [*product.stack_axes(), *product.feature_axes()]
-            order = tuple((axes.index(axis),) if axis in axes else None for axis in range(result.ndim))
-            return [self._record(product, values[product.comes_first], result)], [_Result(product, order)]
-        if name == "gather" and isinstance(marks[0], View) and _looks_up_rows(eqn):
-            self._lose(eqn, [None, *marks[1:]])
-            lookup = Lookup(
-                views=(marks[0],), name=name, out=_out(eqn.outvars[0]), mesh_axes=_mesh_axes(eqn.outvars[0]),
-                mode=eqn.params["mode"],
-            )  # fmt: skip
-            return [self._record(lookup, values[1][..., 0], _bind(eqn, values)[0])], []
+            if isinstance(place, Product):
+                return [self._record(place, values[place.comes_first], result)], [_result(place)]
+            return [self._record(place, values[1][..., 0], result)], []
         if name == "add" and _is_bias(eqn, marks):
             return _bind(eqn, values), []
         if name in {"add", "sub"} and _is_penalty(eqn, marks):
@@ -415,10 +406,8 @@ class _Recorder:
                 _note(self.penalties, _sources(mark, name))
             return _bind(eqn, values), []
         if _is_of_parameters_alone(eqn, marks):
-            mark = _applied(eqn, values, marks)
-            return _bind(eqn, values), [mark] * len(eqn.outvars)
-        values = [self._spread(eqn, i, value, marks[i]) for i, value in enumerate(values)]
-        return _bind(eqn, values), []
+            return _bind(eqn, values), [_applied(eqn, values, marks)] * len(eqn.outvars)
+        return _bind(eqn, [self._spread(eqn, i, value, marks[i]) for i, value in enumerate(values)]), []
 
     def _record(self, place: Place, activations: jax.Array, value: jax.Array) -> jax.Array:
         """Notes a place and its activations; returns the value with its probe."""
@@ -436,16 +425,14 @@ class _Recorder:
         if axes is None:
             self._lose(eqn, [mark])
             return value
-        shape = _shape(eqn.outvars[0]) if eqn.primitive.name in _ENTRYWISE else _shape(eqn.invars[place])
-        view, derivative, name = mark if isinstance(mark, _Entrywise) else (mark, jnp.ones(()), eqn.primitive.name)
+        shape = _shape(eqn.outvars[0] if eqn.primitive.name in _ENTRYWISE else eqn.invars[place])
         if isinstance(mark, _Entrywise):
-            derivative = derivative.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
+            view, name = mark.view, mark.name
+            derivative = mark.derivative.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
         else:
-            derivative = jnp.ones([1] * len(shape), value.dtype)
-        spread = Spread(
-            views=(_unrepeated(view),), name=name, out=jax.ShapeDtypeStruct(shape, value.dtype), axes=axes,
-            mesh_axes=_mesh_axes(eqn.invars[place]),
-        )  # fmt: skip
+            view, name, derivative = _unrepeated(mark), eqn.primitive.name, jnp.ones([1] * len(shape))
+        out, varying = jax.ShapeDtypeStruct(shape, value.dtype), _mesh_axes(eqn.invars[place])
+        spread = Spread(views=(view,), name=name, out=out, mesh_axes=varying, axes=axes)
         return self._record(spread, derivative, jnp.broadcast_to(value, shape))
 
     def _scan(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> list[Any]:
@@ -465,7 +452,8 @@ class _Recorder:
         def body(carry: list[Any], slices_and_probes: Any) -> tuple[list[Any], Any]:
             slices, probes = slices_and_probes
             recorder = _Recorder(self._counts, probes)
-            results, _ = recorder.walk(eqn.params["jaxpr"], [*consts, *carry, *slices], inner_marks)
+            results, result_marks = recorder.walk(eqn.params["jaxpr"], [*consts, *carry, *slices], inner_marks)
+            recorder._lose(eqn, result_marks)
             recorders.append(recorder)
             return results[:num_carry], (results[num_carry:], recorder.activations)
 
@@ -529,6 +517,11 @@ def _sources(mark: Any, name: str) -> dict[int, str]:
 def _note(names: dict[int, set[str]], sources: dict[int, str]) -> None:
     for leaf, name in sources.items():
         names.setdefault(leaf, set()).add(name)
+
+
+def _alike(eqn: core.JaxprEqn, mark: Any) -> Any:
+    """Casts or rearranges the derivative of a value as the value itself."""
+    return mark._replace(derivative=_bind(eqn, [mark.derivative])[0]) if isinstance(mark, _Entrywise) else mark
 
 
 def _inside_scan(mark: Any, sliced: bool, length: int) -> Any:
@@ -622,16 +615,29 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     return product if whole and usable else None
 
 
-def _looks_up_rows(eqn: core.JaxprEqn) -> bool:
-    """Tells whether a `gather` takes whole rows of its operand, one for each index."""
-    dims, shape, out = eqn.params["dimension_numbers"], _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    num_indices = len(out) - len(shape) + 1
-    return (
+def _result(product: Product) -> _Result:
+    axes = [*product.stack_axes(), *product.feature_axes()]
+    places = [(axes.index(axis),) if axis in axes else None for axis in range(len(product.out.shape))]
+    return _Result(product, tuple(places))
+
+
+def _lookup(eqn: core.JaxprEqn, marks: list[Any]) -> Lookup | None:
+    """Describes a `gather` of whole rows of a parameter, one for each index; otherwise returns None."""
+    if eqn.primitive.name != "gather" or not isinstance(marks[0], View):
+        return None
+    shape, out, dims = _shape(eqn.invars[0]), _out(eqn.outvars[0]), eqn.params["dimension_numbers"]
+    num_indices = len(out.shape) - len(shape) + 1
+    usable = (
         dims.collapsed_slice_dims == dims.start_index_map == (0,)
         and not dims.operand_batching_dims
+        and dims.offset_dims == tuple(range(num_indices, len(out.shape)))
         and eqn.params["slice_sizes"] == (1, *shape[1:])
-        and dims.offset_dims == tuple(range(num_indices, len(out)))
+        and marks[0].size == math.prod(shape)
     )
+    if not usable:
+        return None
+    mesh_axes = _mesh_axes(eqn.outvars[0])
+    return Lookup(views=(marks[0],), name="gather", out=out, mesh_axes=mesh_axes, mode=eqn.params["mode"])
 
 
 def _is_bias(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
@@ -692,23 +698,22 @@ def _unrepeated(view: View) -> View:
 
 
 def _is_penalty(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
-    """Tells whether a number made of parameters alone is added to a variable that is not."""
-    numbers = [isinstance(m, _Function) and _shape(v) == () for m, v in zip(marks, eqn.invars, strict=True)]
-    others = [v for v, is_number in zip(eqn.invars, numbers, strict=True) if not is_number]
-    return any(numbers) and any(not isinstance(variable, core.Literal) for variable in others) and not any(
-        _sources(mark, "") for mark, is_number in zip(marks, numbers, strict=True) if not is_number
-    )  # fmt: skip
+    """Tells whether one operand is a number made of parameters alone, and the other a variable that is not."""
+    of_parameters = [bool(_sources(mark, "")) for mark in marks]
+    if all(of_parameters):
+        return False
+    number, other = of_parameters.index(True), of_parameters.index(False)
+    is_number = isinstance(marks[number], _Function) and _shape(eqn.invars[number]) == ()
+    return is_number and not isinstance(eqn.invars[other], core.Literal)
 
 
 def _is_of_parameters_alone(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
-    """Tells whether an equation has to do with parameters and numbers, or with arrays entry by entry of parameters."""
-    sizes = [mark.size if isinstance(mark, View) else _size(v) for mark, v in zip(marks, eqn.invars, strict=True)]
-    if any(size < _size(v) for size, v in zip(sizes, eqn.invars, strict=True)):
-        return False  # a parameter already repeated along activations
-    if eqn.primitive.name in _ENTRYWISE:
-        marked = [size for size, mark in zip(sizes, marks, strict=True) if _sources(mark, "")]
-        if all(size == _size(eqn.outvars[0]) for size in marked):
-            return True
+    """Tells whether an equation has to do with parameters and numbers, or changes each entry of parameters alone."""
+    marked = [(mark, variable) for mark, variable in zip(marks, eqn.invars, strict=True) if _sources(mark, "")]
+    if any(_views(mark) and sum(view.size for view in _views(mark)) < _size(variable) for mark, variable in marked):
+        return False  # a parameter that is repeated along activations
+    if eqn.primitive.name in _ENTRYWISE and all(_size(variable) == _size(eqn.outvars[0]) for _, variable in marked):
+        return True
     return all(_sources(mark, "") or _shape(v) == () for mark, v in zip(marks, eqn.invars, strict=True))
 
 
@@ -718,18 +723,17 @@ def _applied(eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> _Entryw
     sources = functools.reduce(operator.or_, (_sources(mark, name) for mark in marks))
     places = [i for i, mark in enumerate(marks) if _sources(mark, name)]
     place, mark = places[0], marks[places[0]]
-    floating = all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (eqn.invars[place], eqn.outvars[0]))
-    same_size = _size(eqn.outvars[0]) == _size(eqn.invars[place])
-    if (
-        len(places) > 1
-        or name not in _ENTRYWISE
-        or not same_size
-        or not floating
-        or isinstance(mark, _Joined | _Function)
-    ):
+    is_entrywise = (
+        name in _ENTRYWISE
+        and len(places) == 1
+        and isinstance(mark, View | _Entrywise)
+        and _size(eqn.outvars[0]) == _size(eqn.invars[place])
+        and all(jnp.issubdtype(_out(v).dtype, jnp.floating) for v in (eqn.invars[place], eqn.outvars[0]))
+    )
+    if not is_entrywise:
         return _Function(sources)
-    view, value = (mark.view if isinstance(mark, _Entrywise) else mark), jnp.asarray(values[place])
-    before = mark.derivative.astype(value.dtype) if isinstance(mark, _Entrywise) else jnp.ones_like(value)
+    view, value = mark.view if isinstance(mark, _Entrywise) else mark, jnp.asarray(values[place])
+    before = mark.derivative if isinstance(mark, _Entrywise) else jnp.ones_like(value)
     apply = lambda value: _bind(eqn, [*values[:place], value, *values[place + 1 :]])[0]  # noqa: E731
     _, derivative = jax.jvp(apply, (value,), (before,))
     return _Entrywise(view, derivative, sources[view.leaf])

@@ -232,6 +232,7 @@ def pull_back_taps(
     ]
     result, pull_back, activations = jax.vjp(functools.partial(recording.evaluate, params), probes, has_aux=True)
     (cotangents,) = pull_back(cotangent_of(result))
+    leaves = jax.tree.leaves(params)
 
     def arranged(use: _Use, max_positions: int | None) -> tuple[jax.Array, ...]:
         return use.arrange(activations[use.index], cotangents[use.index], max_positions)
@@ -240,15 +241,14 @@ def pull_back_taps(
     if batch_size is None:
         batch_size = _batch_size(found, of_layers)
     taps = [
-        [_tap(layer, *arrays, batch_size) for arrays in several]
+        [_tap(layer, arrays, batch_size) for arrays in several]
         for layer, several in zip(found.found, of_layers, strict=True)
     ]
     squares = {}
-    for leaf, (path, _) in found.others.items():
-        arrays = [] if leaf in found.estimated else [arranged(use, None) for use in uses[leaf]]
-        rows = [[_by_example(array, batch_size) for array in several] for several in arrays]
-        if rows and all(array is not None for several in rows for array in several):
-            squares[path] = batch_size**2 * _mean_square(uses[leaf], rows, jax.tree.leaves(params)[leaf])
+    for leaf in found.others.keys() - found.estimated:
+        arrays = [use.by_example(arranged(use, None), batch_size) for use in uses[leaf]]
+        if None not in arrays:
+            squares[found.others[leaf][0]] = batch_size**2 * _mean_square(uses[leaf], arrays, leaves[leaf])
     return Taps(found, taps, squares)
 
 
@@ -279,22 +279,20 @@ _LEAVE_OUT = (
 )
 
 
-def _tap(layer: Layer, inputs: jax.Array, gradients: jax.Array, batch_size: int) -> Tap:
-    rows = inputs.shape[1:-1]
-    arrays = [_by_example(array, batch_size) for array in at_least_float32((inputs, gradients))]
-    if arrays[0] is None or arrays[1] is None:
+def _tap(layer: Layer, arrays: tuple[jax.Array, ...], batch_size: int) -> Tap:
+    inputs, gradients = (_by_example(array, batch_size) for array in at_least_float32(arrays))
+    if inputs is None or gradients is None:
         raise ValueError(
-            f"The inputs of {layer.path}, with axes of sizes {list(rows)} beside their features, hold no {batch_size} "
-            f"examples. Pass batch_size, the number of examples whose mean the loss is; {_LEAVE_OUT}"
+            f"The inputs of {layer.path}, with axes of sizes {list(arrays[0].shape[1:-1])} beside their features, hold "
+            f"no {batch_size} examples. Pass batch_size, the number of examples whose mean the loss is; {_LEAVE_OUT}"
         )
-    inputs, gradients = arrays[0], arrays[1]
     last = jnp.full_like(inputs[..., :1], layer.bias is not None)
     inputs = jnp.concatenate([inputs, last], axis=-1)
     return Tap(inputs, batch_size * gradients)
 
 
 def _by_example(array: jax.Array, batch_size: int) -> jax.Array | None:
-    """Arranges `(stack, ..., size)` as `(stack, examples, positions, size)`; None if it holds no so many examples."""
+    """Arranges `(stack, ..., size)` as `(stack, examples, positions, size)`; None if it does not hold the examples."""
     stack, *rows, size = array.shape
     if batch_size in rows:
         array = jnp.moveaxis(array, 1 + rows.index(batch_size), 1)
@@ -323,6 +321,13 @@ class _Use:
     ) -> tuple[jax.Array, ...]:
         """Arranges a place's activations and the gradients at what comes out of it, the parameter's part of either."""
         raise NotImplementedError
+
+    def by_example(self, arrays: tuple[jax.Array, ...], batch_size: int) -> list[jax.Array] | None:
+        """Arranges each as (stack, examples, positions, size); None if the examples cannot be told."""
+        if not isinstance(self.place, Product) and batch_size not in arrays[0].shape[1:-1]:
+            return None  # tables and offsets of positions alone are common: a multiple tells nothing
+        split = [_by_example(array, batch_size) for array in arrays]
+        return None if any(array is None for array in split) else [array for array in split if array is not None]
 
     def gradient(self, like: jax.ShapeDtypeStruct, *arrays: jax.Array) -> jax.Array:
         """Returns an example's gradient by the parameter, from arrays (stack, positions, size)."""
@@ -410,6 +415,10 @@ class _Added(_Use):
 
     kernel: _Multiplied
 
+    @property
+    def view(self) -> View:
+        return self.kernel.view
+
     def arrange(
         self, activations: jax.Array, cotangents: jax.Array, max_positions: int | None
     ) -> tuple[jax.Array, ...]:
@@ -483,7 +492,8 @@ class _LookedUp(_Use):
 
 def _unarranged(arrange: Callable[[jax.Array], jax.Array], like: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
     """Undoes what moves every entry to one place: its transpose is its inverse."""
-    return jax.linear_transpose(arrange, like)(array)[0]
+    _, pull_back = jax.vjp(arrange, _zeros(like.shape, like.dtype, mesh_axes(array)))
+    return pull_back(array)[0]
 
 
 def _mean_square(uses: list[_Use], arrays: list[list[Any]], leaf: jax.Array) -> jax.Array:
@@ -558,16 +568,19 @@ def _uses(recording: Recording) -> dict[int, list[Any]]:
     """Gathers the places by parameter."""
     uses: dict[int, list[Any]] = {}
     for index, place in enumerate(recording.places):
-        if isinstance(place, Product):
-            several = [_Multiplied(place, index, part) for part in range(len(place.views))]
-        else:
-            several = [_Repeated(place, index) if isinstance(place, Spread) else _LookedUp(place, index)]
-        for use in several:
-            uses.setdefault(use.view.leaf, []).append(use)
+        for part, view in enumerate(place.views):
+            if isinstance(place, Product):
+                use = _Multiplied(place, index, part)
+            elif isinstance(place, Spread):
+                use = _Repeated(place, index)
+            else:
+                assert isinstance(place, Lookup)
+                use = _LookedUp(place, index)
+            uses.setdefault(view.leaf, []).append(use)
     return uses
 
 
-def _share_factors(uses: list[_Use]) -> bool:
+def _share_factors(uses: list[Any]) -> bool:
     return all(isinstance(use, _Multiplied) and use.layout() == uses[0].layout() for use in uses)
 
 
