@@ -379,6 +379,8 @@ class _Recorder:
         name = eqn.primitive.name
         if name in _CASTS:
             return _bind(eqn, values), [_alike(eqn, mark) for mark in marks]
+        if name == "stop_gradient":
+            return _bind(eqn, values), []
         if any(map(_views, marks)) and name in _CALLS:
             (jaxpr,) = (value for value in eqn.params.values() if _is_jaxpr(value))
             return self.walk(jaxpr, values, marks)

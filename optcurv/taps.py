@@ -122,26 +122,27 @@ def layers(value_fn: ValueFn, params: PyTree, *, leave_out: Sequence[str] = ()) 
     `jit`, `jax.checkpoint` and `scan` (recurrent cells, and stacked layers). A bias added to the result joins it, also
     after the result was transposed or reshaped, or under `vmap`.
 
-    Every other parameter counts as many, one for each entry, and has the mean of the squares of its gradient. Those
-    marked `diagonal` are scales, offsets, embeddings looked up and kernels used in several ways, such as an embedding
-    that is the last layer too: the squares are those of each example's own gradient, where some axis of the activations
-    has the size of the batch. Otherwise, and for those marked `diagonal, estimated`, they are estimated as N times the
-    square of the mean gradient of N examples: right where gradients are mostly noise, too large by the ratio of N times
-    the squared mean to the variance where they are not. A penalty, a number made of parameters alone and added to the
-    loss, is no example's own and changes nothing here.
+    Of every other parameter only the diagonal of the Fisher matrix is taken. The table marks as `diagonal` what is used
+    in ways that are understood: scales, offsets, embeddings that are looked up, and kernels used in several ways, such
+    as an embedding that is the last layer too. Their diagonal is the mean over examples of the squares of each
+    example's own gradient, if one axis of the activations is as long as the batch. Otherwise, and for those marked
+    `diagonal, estimated`, it is estimated as N times the square of the mean gradient of N examples. That is about right
+    where the gradients are mostly noise, and up to N times too large where they agree. A penalty, that is a number made
+    of parameters alone and added to the loss, belongs to no example and is left out of the Fisher matrix.
 
     A layer that does not see the examples must be left out by name: one on constants, such as the coordinates of
-    positions, or on slots of a mixture of experts that tokens of several examples share. Where the number of its rows
-    is no multiple of the batch size, an error says so; where it is, nothing can tell such rows from examples.
+    positions, or one on the slots of a mixture of experts, which hold tokens of any example. An error asks for it where
+    the number of rows is not a multiple of the batch size. **Where it is a multiple, the rows are taken for examples,**
+    as nothing tells them from the tokens of a text.
 
-    Members of an ensemble under `vmap` that share their inputs are one wide layer, from all of whose outputs one factor
-    is made. Repeat the inputs for each member, as in `jax.vmap(net)(params, jnp.broadcast_to(x, (members, *x.shape)))`,
-    and they are a stack of layers.
+    The members of an ensemble under `vmap` that share their inputs are one wide layer, with one factor for the outputs
+    of all. With inputs of their own, as in `jax.vmap(net)(params, jnp.broadcast_to(x, (members, *x.shape)))`, they are
+    a stack.
 
     Args:
       value_fn: the loss as a function of params.
       params: the parameters, or their shapes.
-      leave_out: paths of parameters, as the table writes them, to be treated as in no layer and estimated.
+      leave_out: the paths of parameters, as the table writes them, whose diagonal is to be estimated.
 
     Returns:
       The layers.

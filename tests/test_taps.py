@@ -509,6 +509,7 @@ def test_table_says_why_a_parameter_is_in_no_layer():
         x = p["table"][jnp.arange(5)] * p["scale"]
         tied = jnp.tanh(x @ p["tied"]) @ p["tied"].T
         outputs = jnp.tanh(tied @ p["w"] + p["shared"]) + (x @ p["v"] + p["shared"])
+        outputs += x @ jax.lax.stop_gradient(p["w"])
         logits = outputs @ p["embedding"].T + p["embedding"][jnp.arange(5)] @ jnp.ones((2, 3))
         penalty = jnp.linalg.norm(p["w"]) + jnp.sum(p["v"] ** 2) + jnp.sum(p["penalised"] ** 2) / 2
         return jnp.mean(logits + jnp.sort(p["sorted"])) + 0.1 * penalty
