@@ -398,7 +398,7 @@ def looked_up(fn, **shapes):
 
 
 def with_class_token(p, x):
-    x = x @ p["w"] + p["positions"]
+    x = x @ p["w"] + p["positions"] + jnp.broadcast_to(p["offset"], (len(x), 6, 4))
     return jnp.concatenate([jnp.broadcast_to(p["token"], (len(x), 1, 4)), x], axis=1)
 
 
@@ -417,7 +417,7 @@ OTHERS = {
     "norms": normalised,
     "norms-under-scan": lambda: linen(StackedNorms(), N, 3),
     "offsets": lambda: (
-        by_hand(None, w=(3, 4), positions=(6, 4), token=(4,))[0],
+        by_hand(None, w=(3, 4), positions=(6, 4), token=(4,), offset=(4,))[0],
         with_class_token,
         normal(N, 6, 3),
     ),
@@ -510,12 +510,13 @@ def test_table_says_why_a_parameter_is_in_no_layer():
         tied = jnp.tanh(x @ p["tied"]) @ p["tied"].T
         outputs = jnp.tanh(tied @ p["w"] + p["shared"]) + (x @ p["v"] + p["shared"])
         outputs += x @ jax.lax.stop_gradient(p["w"])
+        outputs += x @ p["looped"] + x @ jax.lax.map(lambda _: 2 * p["looped"], jnp.arange(1))[0]
         logits = outputs @ p["embedding"].T + p["embedding"][jnp.arange(5)] @ jnp.ones((2, 3))
         penalty = jnp.linalg.norm(p["w"]) + jnp.sum(p["v"] ** 2) + jnp.sum(p["penalised"] ** 2) / 2
         return jnp.mean(logits + jnp.sort(p["sorted"])) + 0.1 * penalty
 
     shapes = {"table": (7, 3), "scale": (3,), "tied": (3, 4), "w": (3, 2), "shared": (2,), "v": (3, 2), "unused": (2,)}
-    shapes |= {"embedding": (3, 2), "penalised": (2,), "sorted": (3,)}
+    shapes |= {"embedding": (3, 2), "looped": (3, 2), "penalised": (2,), "sorted": (3,)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     rows = [re.split(r"  +", line) for line in str(optcurv.layers(loss, params)).splitlines()]
     assert rows == [
@@ -523,6 +524,7 @@ def test_table_says_why_a_parameter_is_in_no_layer():
         ["['v']", "dense", "(3, 2)"],
         ["['w']", "dense", "(3, 2)"],
         ["['embedding']", "diagonal", "multiplies activations and goes into gather"],
+        ["['looped']", "diagonal, estimated", "multiplies activations and goes into mul"],
         ["['penalised']", "diagonal, estimated", "goes into integer_pow"],
         ["['scale']", "diagonal", "goes into mul"],
         ["['shared']", "diagonal", "is added in several places"],
@@ -563,6 +565,14 @@ def test_layers_that_do_not_see_the_examples_are_left_out_by_name():
         optcurv.layers(loss, params, leave_out=["['v']"])
     with pytest.raises(TypeError, match=r"leave_out=\[.*single string"):
         optcurv.layers(loss, params, leave_out="['w']")
+
+
+def test_a_table_of_positions_alone_is_estimated():
+    """Though there are four times as many positions as examples."""
+    params, _, x = by_hand(None, w=(3, 3), table=(7, 3), offset=(3,))
+    places = jnp.arange(4 * N) % 7
+    loss = lambda p: jnp.mean(jnp.tanh(x @ p["w"] + jnp.sum(p["table"][places] * p["offset"], axis=0)))  # noqa: E731
+    assert not jax.eval_shape(lambda p: tap(loss, p).squares, params)
 
 
 def test_members_of_an_ensemble_with_inputs_of_their_own_are_a_stack():
