@@ -138,7 +138,9 @@ def scale_by_edf(
 
         direction_norm = optax.tree.norm(direction)
         found = (direction_norm > 0) | (norm == 0)
-        finite = jnp.isfinite(0.0 if value is None else value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm) & found
+        finite = (
+            jnp.isfinite(0.0 if value is None else value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm) & found
+        )
         norms = norm * direction_norm
         cosine = jnp.where(breakdown, 1.0, slope / jnp.where(norms == 0, 1.0, norms))
         info = EdfInfo(

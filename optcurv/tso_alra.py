@@ -120,10 +120,11 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`) and must be the same at every step. Parameters in no
-    layer are scaled by the same power of their average squared gradient, per example like the factors: RMSProp without
-    momentum. A loss without layers is preconditioned so as a whole, and counts as that of one example unless
-    `batch_size` is given. `info.num_layers` says how many layers were found.
+    The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same at
+    every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's own
+    like the factors', or an estimate from the batch's: RMSProp without momentum. A loss without layers is preconditioned
+    so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says how many layers
+    were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
@@ -209,6 +210,8 @@ def scale_by_kronecker(
     if root_sharding is not None:
         check_splits_rows("root_sharding", root_sharding)
 
+    leave_out = () if layers is None else layers.left_out
+
     def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
         return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
 
@@ -234,14 +237,15 @@ def scale_by_kronecker(
             info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
         )
 
-    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
-        """Returns the factors of one batch."""
+    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
+        """Returns the factors of one batch, and the squared gradients that are to be had of other parameters."""
+        options = {"batch_size": batch_size, "max_positions": max_positions, "leave_out": leave_out}
         if labels is None:
-            found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
+            found, taps, squares = tap(value_fn, params, **options)
         elif isinstance(value_fn, Composite):
             sampler = labels
             sample = lambda outputs: sampler(own_key(key, outputs), outputs)  # noqa: E731
-            found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
+            found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
         shapes = factor_shapes(_sizes(found))
@@ -249,7 +253,7 @@ def scale_by_kronecker(
             layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
             for layer, uses in zip(found.found, taps, strict=True)
         }
-        return mean_over_devices(factors)
+        return mean_over_devices((factors, squares))
 
     def average(
         value_fn: ValueFn,
@@ -262,8 +266,8 @@ def scale_by_kronecker(
         """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        factors = measure(value_fn, key, params) if before[0] else {}
-        now = factors, {path: num_examples * gradients[path] ** 2 for path in before[1]}
+        factors, own = measure(value_fn, key, params) if before[0] else ({}, {})
+        now = factors, {path: own.get(path, num_examples * gradients[path] ** 2) for path in before[1]}
         mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
         outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
         usable = jnp.isfinite(optax.tree.sum(mixed)) & ~outlier
@@ -298,13 +302,13 @@ def scale_by_kronecker(
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
         curvature_fn = curvature_fn or value_fn
-        found = find_layers(curvature_fn, params)
+        found = find_layers(curvature_fn, params, leave_out=leave_out)
         in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
         alone = [path for path in in_no_layer if jnp.size(gradients[path])]
         shapes = {} if structure is DIAGONAL else factor_shapes(_sizes(found))
         _check_layers(found, shapes, alone, state)
 
-        num_examples = count_examples(value_fn, params, batch_size) if found.found else batch_size or 1
+        num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
         average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
         factors, squares, weight, refused = jax.lax.cond(
