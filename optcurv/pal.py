@@ -77,7 +77,7 @@ def scale_by_parabolic_linesearch(
     with averages of its own keeps what is not finite in them, unless wrapped in `optax.apply_if_finite`.
 
     Where rounding would decide, and nowhere else, two things differ from the paper. The parabola goes through the point
-    that :math:`w + \mu d` is rounded to, with its real displacement δ: :math:`\mu = \delta \cdot d` and
+    that :math:`w + \mu d` is rounded to, at its real displacement δ: :math:`\mu = \|\delta\|` and
     :math:`l' = \nabla L \cdot \delta / \mu`. And a μ at which :math:`l''` would be rounding noise is raised, though not
     beyond `max_step`: to the resolution of the parameters, :math:`\varepsilon \|w\|`, and to where the last step's
     :math:`l''` stands out from noise twelve times, :math:`\mu \approx \sqrt{1000\, \varepsilon\, l(0) / |l''|}`.
@@ -158,15 +158,11 @@ def scale_by_parabolic_linesearch(
         )
         shortest = jnp.maximum(state.shortest, _resolution(params)).astype(norm.dtype)
         mu = jnp.maximum(given, jnp.minimum(shortest, longest))
-        trial = optax.apply_updates(params, optax.tree.cast_like(optax.tree.scale(mu, direction), updates))
-        moved = optax.tree.sub(at_least_float32(trial), at_least_float32(params))  # mu d, but for rounding
-        change = jnp.asarray(optax.tree.vdot(gradient, moved))
+        mu_d = optax.tree.cast_like(optax.tree.scale(mu, direction), updates)
+        trial, moved, change, distance, slope = _trial_point(params, mu_d, gradient, slope)
         value_there, second, clarity = measure(loss, jnp.asarray(value), change, trial, moved)
-        distance = jnp.asarray(optax.tree.vdot(moved, direction))
-        distance = jnp.where(distance > 0, distance, 1.0)
         curvature, noise = factor * second / distance / distance, ~(clarity > 1)
         shortest = mu * jnp.minimum(jnp.sqrt(12 / clarity), 10)
-
         finite = jnp.isfinite(norm) & jnp.isfinite(slope) & jnp.isfinite(value_there) & jnp.isfinite(curvature)
         step, case = _step_and_case(slope, jnp.where(noise, 0.0, curvature), given)
         clipped = finite & (step > longest)
@@ -186,10 +182,34 @@ def scale_by_parabolic_linesearch(
 def _direction_and_norm(updates: PyTree) -> tuple[PyTree, jax.Array]:
     """Divides by the largest entry first: the squares of small ones underflow, those of large ones overflow."""
     largest = jnp.asarray(optax.tree.norm(updates, ord="inf"))
-    largest = jnp.where(largest > 0, largest, 1.0)
-    scaled = jax.tree.map(lambda leaf: leaf / largest, updates)
-    norm = jnp.asarray(optax.tree.norm(scaled))
-    return optax.tree.scale(1 / jnp.where(norm > 0, norm, 1.0), scaled), largest * norm
+    largest = jnp.where(largest < jnp.finfo(largest.dtype).tiny, 1.0, largest)
+    norm = jnp.asarray(optax.tree.norm(optax.tree.scale(1 / largest, updates)))
+    return optax.tree.scale(1 / largest / jnp.where(norm > 0, norm, 1.0), updates), largest * norm
+
+
+def _trial_point(
+    params: PyTree, mu_d: PyTree, gradient: PyTree, slope: jax.Array
+) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array]:
+    """Returns w + μd as it is rounded, the way there, the loss's first-order change and the distance; and the slope.
+
+    The barriers let one vector at a time lie in memory beside the gradient: the slope's direction, the way, the trial
+    point. XLA would hold all three.
+    """
+    slope, here = jax.lax.optimization_barrier((slope, params))
+    moved = optax.tree.sub(at_least_float32(rounded_sum(here, mu_d)), at_least_float32(here))
+    change, distance = optax.tree.vdot(gradient, moved), optax.tree.norm(moved)
+    change, distance, here = jax.lax.optimization_barrier((change, distance, here))
+    return rounded_sum(here, mu_d), moved, change, jnp.where(distance > 0, distance, 1.0), slope
+
+
+def rounded_sum(params: PyTree, updates: PyTree) -> PyTree:
+    """Adds and rounds to the parameters' dtypes, which XLA leaves out where the sum goes on in a wider one."""
+
+    def rounded(leaf: jax.Array) -> jax.Array:
+        dtype = jnp.finfo(leaf.dtype)
+        return jax.lax.reduce_precision(leaf, dtype.nexp, dtype.nmant)
+
+    return jax.tree.map(rounded, optax.apply_updates(params, updates))
 
 
 def _resolution(params: PyTree) -> jax.Array | float:
@@ -204,7 +224,7 @@ def _measure_value(
     """Returns the loss at the trial point, l'' times the squared way there, and how clearly that stands out."""
     del moved
     value_there = loss(trial)
-    second = parabola_curvature(at_least_float32(value), change, 1.0, at_least_float32(value_there))
+    second = jnp.asarray(parabola_curvature(at_least_float32(value), change, 1.0, at_least_float32(value_there)))
     return value_there, second, _clarity(second / 2, value, value_there)
 
 

@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import optcurv
+from optcurv.pal import rounded_sum
 from optcurv.quadratic import parabola_curvature
 from tests import problems
 
@@ -134,6 +135,13 @@ def test_curvature_is_right_where_bfloat16_parameters_round_the_trial_point(meas
     search = optcurv.scale_by_parabolic_linesearch(measuring_step, curvature_factor=1.0, measure_slope=measure_slope)
     _, state = step(optax.chain(optax.scale(-1.0), search), loss, w)
     np.testing.assert_allclose(optcurv.diagnostics(state)["pal/curvature"], 6.0, rtol=0.1)
+
+
+def test_compiled_too_the_trial_point_is_rounded():
+    """XLA computes bfloat16 in float32, and where float32 follows it leaves the rounding between them out."""
+    w, step = jnp.ones(2, jnp.bfloat16), jnp.asarray([1e-3, 1e-2], jnp.bfloat16)
+    moved = jax.jit(lambda w, step: rounded_sum(w, step).astype(jnp.float32) - w)(w, step)
+    np.testing.assert_array_equal(moved, [0, 2**-7])
 
 
 @pytest.mark.parametrize("measure_slope", [False, True])
