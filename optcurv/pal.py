@@ -95,8 +95,8 @@ def scale_by_parabolic_linesearch(
       exact_slope: take :math:`l' = \nabla L \cdot d`, which costs one inner product (default); if False, the
         published approximation :math:`l' = -\|u\|`, right only where the incoming step is the negative gradient.
       measure_slope: measure the slope at μ in place of the loss, :math:`l'' = \lambda (l'(\mu) - l'(0)) / \mu`, by
-        one Jacobian-vector product. That bears a hundred times shorter μ, and a loss that is coarse near 0, but costs
-        two forward passes in place of one: a step takes 5/3 of a gradient's time in place of 4/3.
+        one Jacobian-vector product. That bears a hundred times shorter μ, and values that are coarse near 0, but costs
+        another gradient, as weights and activations both vary, where the loss costs a third: 2 in place of 4/3.
 
     Returns:
       The transformation.
