@@ -10,7 +10,7 @@ import pytest
 import optcurv
 
 FLOORS = [
-    {"arguments", "jaxpr"},
+    {"arguments", "jaxpr", "losses"},
     {"devices"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"accumulation", "krylov", "kronecker", "shapes"},

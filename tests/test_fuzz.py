@@ -27,7 +27,9 @@ OPTIONS = {
         curvature=rng.choice([optcurv.gauss_newton_product, optcurv.hessian_product]),
         acceleration=rng.choice([None, "momentum", "nesterov"]),
     ),
-    "pal": lambda rng: optcurv.pal(float(rng.choice([0.1, 0.3])), exact_slope=bool(rng.integers(2))),
+    "pal": lambda rng: optcurv.pal(
+        float(rng.choice([0.1, 0.3])), exact_slope=bool(rng.integers(2)), measure_slope=bool(rng.integers(2))
+    ),
     "adam-parabolic-linesearch": lambda rng: optax.chain(
         optax.clip_by_global_norm(10.0),  # Adam's averages would keep a spike
         optax.apply_if_finite(optax.adam(1.0), 2**31 - 1),
