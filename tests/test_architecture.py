@@ -11,7 +11,7 @@ import optcurv
 
 FLOORS = [
     {"arguments", "jaxpr", "losses"},
-    {"devices"},
+    {"devices", "spikes"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"accumulation", "krylov", "kronecker", "shapes"},
     {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "masking", "diagnostics"}
