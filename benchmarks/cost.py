@@ -22,7 +22,7 @@ from benchmarks.report import environment, print_table, write_json, write_table
 from benchmarks.slices import NUM_IMAGES, measure_planes, planes_table, temporary_bytes
 from benchmarks.training import State, init_state, train_step
 from optcurv.curvature import CurvatureFn
-from optcurv.krylov import Solver
+from optcurv.methods.subproblems import Solver
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,27 +1,16 @@
 """Curvature-aware optimisers as optax transformations."""
 
 from optcurv.accumulation import accumulate
-from optcurv.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product, nnx_value_fn
-from optcurv.devices import state_shardings
 from optcurv.diagnostics import diagnostics
-from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
-from optcurv.hessian_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
-from optcurv.kronecker import BLOCK, DIAGONAL, KRONECKER, Structure
-from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
-from optcurv.labels import sample_categorical, sample_gaussian
-from optcurv.losses import softmax_cross_entropy_with_integer_labels
-from optcurv.masking import masked
-from optcurv.pal import pal, scale_by_parabolic_linesearch
-from optcurv.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
-from optcurv.shapes import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
-from optcurv.spectra import (
-    hutchinson_diagonal,
-    hutchinson_trace,
-    leading_eigenpairs,
-    spectral_density,
-)
-from optcurv.surface import (
+from optcurv.kronecker.factors import BLOCK, DIAGONAL, KRONECKER, Structure
+from optcurv.kronecker.layers import layers
+from optcurv.kronecker.preconditioner import scale_by_kronecker
+from optcurv.kronecker.samplers import sample_categorical, sample_gaussian
+from optcurv.krylov import Metric, minres
+from optcurv.landscape.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
+from optcurv.landscape.diagonal_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.landscape.slices import (
     absolute_line,
     barycentric,
     bilinear,
@@ -31,10 +20,23 @@ from optcurv.surface import (
     random_direction,
     settled_statistics,
 )
-from optcurv.switching import SwitchRule, on_plateau, switch
-from optcurv.taps import layers
-from optcurv.trust_region import adaptive_cubic, trust_region
-from optcurv.tso_alra import scale_by_kronecker, tso_alra
+from optcurv.landscape.spectra import (
+    hutchinson_diagonal,
+    hutchinson_trace,
+    leading_eigenpairs,
+    spectral_density,
+)
+from optcurv.losses import softmax_cross_entropy_with_integer_labels
+from optcurv.masking import masked
+from optcurv.methods.edf import edf, scale_by_edf, scale_by_nesterov_flow
+from optcurv.methods.norms import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
+from optcurv.methods.pal import pal, scale_by_parabolic_linesearch
+from optcurv.methods.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
+from optcurv.methods.subproblems import Stop, lanczos, steihaug
+from optcurv.methods.switching import SwitchRule, on_plateau, switch
+from optcurv.methods.trust_region import adaptive_cubic, trust_region
+from optcurv.methods.tso_alra import tso_alra
+from optcurv.sharding import state_shardings
 
 __version__ = "0.1.0"
 

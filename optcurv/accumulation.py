@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from optcurv.arguments import PyTree, ValueFn
 from optcurv.curvature import Composite
-from optcurv.jaxpr import micro_batch
 
 
 def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> ValueFn:
@@ -57,7 +56,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
 
     def over_batches(fn: Callable[..., PyTree], *rest: PyTree) -> PyTree:
         """Stacks the results; a pass back evaluates again what it needs."""
-        return jax.lax.map(lambda arguments: micro_batch(jax.checkpoint(fn))(*arguments), (batches, *rest))
+        return jax.lax.map(lambda arguments: _micro_batch(jax.checkpoint(fn))(*arguments), (batches, *rest))
 
     def value_fn(params: PyTree) -> Any:
         values = over_batches(lambda batch: loss_of_batch(batch)(params))
@@ -97,3 +96,17 @@ class _Accumulated(Composite):
 
 
 jax.tree_util.register_dataclass(_Accumulated, data_fields=["model_fn", "loss_fn", "value_fn"], meta_fields=["has_aux"])
+
+
+def _micro_batch(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the body of a `scan` whose iterations see other examples each, as against steps of a sequence."""
+
+    def optcurv_micro_batch(*arguments: Any) -> Any:
+        return fn(*arguments)
+
+    return jax.jit(optcurv_micro_batch)
+
+
+def is_micro_batch(body: Any) -> bool:
+    """Tells whether a jaxpr is such a body."""
+    return any(eqn.params.get("name") == "optcurv_micro_batch" for eqn in getattr(body, "jaxpr", body).eqns)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, ValueFn, check_function, describe, scalar_fn
-from optcurv.jaxpr import with_canonical_convolutions
+from optcurv.convolutions import with_canonical_convolutions
 
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear operator: maps a pytree like the parameters to another, and keeps its dtype."""

@@ -29,7 +29,7 @@ def main():
 
     from tests import problems  # these compute when they are imported, and all must be set by then
     from tests.cases import CASES
-    from tests.test_contract import make_step
+    from tests.laws.test_contract import make_step
 
     names = args.methods or [case.name for case in CASES if not case.variant]
     methods = {case.name: case.make() for case in CASES if case.name in names}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import optcurv
-from optcurv.taps import tap
+from optcurv.kronecker.layers import tap
 from tests import problems
 from tests.cases import every_method
-from tests.test_contract import assert_same, make_step, train
+from tests.laws.test_contract import assert_same, make_step, train
 
 NUM = 4
 

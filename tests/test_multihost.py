@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.cases import CASES
+from tests.laws.test_contract import reference
 from tests.multihost_worker import NUM_PROCESSES
-from tests.test_contract import reference
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_STEPS = 4  # those of the reference

@@ -9,7 +9,7 @@ import pytest
 import optcurv
 from optcurv.spikes import look, start_watch
 from tests import problems
-from tests.test_contract import make_step
+from tests.laws.test_contract import make_step
 
 START, LOSS = problems.quadratic()
 OPTIMIZERS = {

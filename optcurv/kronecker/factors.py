@@ -9,8 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optcurv.devices import share_out
-from optcurv.taps import Tap
+from optcurv.kronecker.layers import Tap
+from optcurv.sharding import share_out
 
 Factors: TypeAlias = tuple[jax.Array, ...]
 """Symmetric matrices in stacks, `(stack, n, n)`, or only their diagonals, `(stack, n)`."""

@@ -15,7 +15,7 @@ import pytest
 import optcurv
 from tests import problems
 from tests.cases import CASES
-from tests.test_contract import assert_finite, make_step
+from tests.laws.test_contract import assert_finite, make_step
 
 NUM_POISONED, NUM_CALM = 60, 30
 NUM_NETWORKS = 2

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optcurv
-from optcurv import hessian_mass
+from optcurv.landscape import diagonal_mass as hessian_mass
 from tests import problems
 from tests.references import dense_curvature
 

@@ -10,7 +10,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import optcurv
-from optcurv.jaxpr import with_canonical_convolutions
+from optcurv.convolutions import with_canonical_convolutions
 
 CURVATURES = [optcurv.hessian_product, optcurv.gauss_newton_product]
 NCHW = ("NCHW", "OIHW", "NCHW")

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import optcurv
-from optcurv.kronecker import KRONECKER
-from optcurv.taps import tap
+from optcurv.kronecker.factors import KRONECKER
+from optcurv.kronecker.layers import tap
 
 N = 5
 

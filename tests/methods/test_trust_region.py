@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 import optcurv
 from optcurv import Stop
 from tests import problems
+from tests.laws.test_contract import make_step
 from tests.references import dense_curvature, dense_steihaug
-from tests.test_contract import make_step
 
 SADDLE = jnp.diag(jnp.array([2.0, 1.0, -0.5]))
 

@@ -16,7 +16,7 @@ from benchmarks.claims import Verdict
 from benchmarks.data import Dataset
 from benchmarks.kept import Kept
 from benchmarks.models import Batch, Mlp, classification_loss
-from tests.test_benchmarks import idx_bytes
+from tests.benchmarks.test_commands import idx_bytes
 
 
 def images(count, seed=0):

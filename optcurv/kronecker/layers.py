@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from optcurv.arguments import PyTree, ValueFn, at_least_float32, path_name, scalar_fn, wide_dtype
-from optcurv.devices import mesh_axes, num_devices
-from optcurv.jaxpr import Lookup, Place, Product, Recording, Spread, View, record_places
+from optcurv.kronecker.recording import Lookup, Place, Product, Recording, Spread, View, record_places
+from optcurv.sharding import mesh_axes, num_devices
 
 
 @dataclasses.dataclass(frozen=True)

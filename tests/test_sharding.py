@@ -13,7 +13,7 @@ import pytest
 import optcurv
 from tests import problems
 from tests.cases import every_method
-from tests.test_contract import assert_same, make_step, mean_over_mesh, train
+from tests.laws.test_contract import assert_same, make_step, mean_over_mesh, train
 
 SIZES = (4, 16, 12, 3)  # all different: a stack of equal factors could be as large as all parameters are
 MESHES = {"fsdp": {"data": 4}, "tensor": {"data": 2, "model": 2}}

@@ -10,7 +10,7 @@ import pytest
 import optcurv
 from tests import problems
 from tests.cases import every_case
-from tests.test_contract import make_step
+from tests.laws.test_contract import make_step
 
 
 def precise_loss(batch):

@@ -8,8 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import optcurv
-from optcurv.pal import rounded_sum
-from optcurv.quadratic import parabola_curvature
+from optcurv.methods.pal import parabola_curvature, rounded_sum
 from tests import problems
 
 

@@ -181,7 +181,7 @@ def test_a_breakdown_falls_back_to_one_krylov_step(monkeypatch):
     params, loss = problems.quadratic()
     grads, one_step = jax.grad(loss)(params), optcurv.scale_by_edf(1)
     expected, _ = one_step.update(grads, one_step.init(params), params, value_fn=loss)
-    monkeypatch.setattr(sys.modules["optcurv.edf"], "minres", uphill)
+    monkeypatch.setattr(sys.modules["optcurv.methods.edf"], "minres", uphill)
     optimizer = optcurv.scale_by_edf(3)
     updates, state = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
     jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-5), updates, expected)

@@ -17,7 +17,6 @@ from optcurv.arguments import (
     scalar_fn,
     scheduled,
 )
-from optcurv.quadratic import parabola_curvature
 
 
 class PalInfo(NamedTuple):
@@ -217,6 +216,32 @@ def _resolution(params: PyTree) -> jax.Array | float:
     """How far a step must go for its direction to survive the rounding of the parameters to their dtypes."""
     epsilons = jax.tree.map(lambda leaf: jnp.finfo(jnp.result_type(leaf)).eps, params)
     return optax.tree.norm(optax.tree.mul(epsilons, at_least_float32(params)))
+
+
+def parabola_curvature(
+    value: jax.Array | float, slope: jax.Array | float, step: jax.Array | float, value_at_step: jax.Array | float
+) -> jax.Array | float:
+    r"""Second derivative of the parabola through two values and a slope.
+
+    With :math:`l(0)`, :math:`l'(0)` and :math:`l(\mu)` given (Eq. 4 of the PAL paper):
+
+    .. math:: l'' = \frac{(l(\mu) - l(0)) / \mu - l'(0)}{\mu / 2}
+
+    Args:
+      value: :math:`l(0)`.
+      slope: :math:`l'(0)`.
+      step: :math:`\mu`, not zero.
+      value_at_step: :math:`l(\mu)`.
+
+    Returns:
+      The curvature :math:`l''`, a scalar.
+
+    Example:
+      >>> from optcurv.methods.pal import parabola_curvature
+      >>> parabola_curvature(value=5.0, slope=-2.0, step=2.0, value_at_step=7.0)  # l(s) = 5 - 2 s + 1.5 s²
+      3.0
+    """
+    return ((value_at_step - value) / step - slope) / (step / 2)
 
 
 def _measure_value(

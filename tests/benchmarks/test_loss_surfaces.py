@@ -23,8 +23,8 @@ from benchmarks.models import Batch, classification_loss
 from benchmarks.surface_experiments import Between, Curves, Minima
 from benchmarks.surface_networks import Initialisation, Problem
 from benchmarks.surface_training import Plan, Stage, Store, Trained, Trainer
-from tests.test_benchmarks import idx_bytes
-from tests.test_two_stages import images
+from tests.benchmarks.test_commands import idx_bytes
+from tests.benchmarks.test_two_stages import images
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from optcurv.kronecker import KRONECKER, LowRank, damped_power, init_powers, refresh_powers
+from optcurv.kronecker.factors import KRONECKER, LowRank, damped_power, init_powers, refresh_powers
 
 
 @pytest.fixture(autouse=True)

@@ -32,9 +32,9 @@ from benchmarks.__main__ import main
 from benchmarks.kept import Kept
 from benchmarks.training import Run, Trainer
 from benchmarks.trust_regions import BudgetTrainer
-from tests.test_two_stages import images
+from tests.benchmarks.test_two_stages import images
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 KEY = {"setting": 0.1, "grid": (0.1, None)}
 FOUND = {"loss": [1.0, math.nan], "steps": 3, "name": "one"}
 

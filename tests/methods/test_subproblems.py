@@ -10,7 +10,8 @@ import scipy.linalg
 
 import optcurv
 from optcurv import Stop
-from optcurv.krylov import Metric, cubic_lanczos
+from optcurv.krylov import Metric
+from optcurv.methods.subproblems import cubic_lanczos
 from tests.references import dense_steihaug
 
 SIZE = 9

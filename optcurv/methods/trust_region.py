@@ -21,9 +21,9 @@ from optcurv.arguments import (
     wide_dtype,
 )
 from optcurv.curvature import CurvatureFn, hessian_product
-from optcurv.krylov import Metric, Solver, Stop, cubic_lanczos, steihaug
-from optcurv.quadratic import decrease_ratio
-from optcurv.shapes import Shape, rmsprop_shape
+from optcurv.krylov import Metric
+from optcurv.methods.norms import Shape, rmsprop_shape
+from optcurv.methods.subproblems import Solver, Stop, cubic_lanczos, steihaug
 from optcurv.spikes import Watch, look, start_watch
 
 
@@ -357,6 +357,35 @@ def _regularized_newton(
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
     return checked(method, init, update)
+
+
+def decrease_ratio(
+    value: jax.Array, decrease: jax.Array, predicted_decrease: jax.Array, noise: jax.Array | float = 0.0
+) -> jax.Array:
+    r"""How well a model predicted the loss, :math:`\rho = (L(w) - L(w+s)) / (m(0) - m(s))`.
+
+    Rounding of the loss is allowed for: ten units of it and the noise are added above and below, so that a step whose
+    decrease drowns in them has ρ = 1 and does not count against the model (Conn, Gould and Toint 2000, section 17.4.2).
+
+    Args:
+      value: :math:`L(w)`.
+      decrease: :math:`L(w) - L(w + s)`.
+      predicted_decrease: :math:`m(0) - m(s)`, not negative.
+      noise: what else blurs the difference of the values, such as parameters of few bits; not negative.
+
+    Returns:
+      The ratio; minus infinity where it or the decrease is not finite, or no decrease was predicted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optcurv.methods.trust_region import decrease_ratio
+      >>> print(decrease_ratio(jnp.array(3.0), jnp.array(1.0), jnp.array(4.0)))
+      0.25
+    """
+    rounding = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value) + noise
+    actual, predicted = decrease + rounding, predicted_decrease + rounding
+    ratio = jnp.where((actual == 0) & (predicted == 0), 1.0, actual / predicted)
+    return jnp.where((predicted >= 0) & ~jnp.isnan(ratio) & jnp.isfinite(decrease), ratio, -jnp.inf)
 
 
 def _decrease(

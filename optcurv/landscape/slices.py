@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, check_count
-from optcurv.taps import Layers
+from optcurv.kronecker.layers import Layers
 
 SliceFn = Callable[..., PyTree]
 """Maps parameters, or parameters and a batch, to a number or any pytree of metrics."""

@@ -1,0 +1,1 @@
+"""Kronecker-factored Fisher matrices, from the loss closure alone."""

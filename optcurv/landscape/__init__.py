@@ -1,0 +1,1 @@
+"""What the loss looks like: slices, spectra, comparisons of networks."""

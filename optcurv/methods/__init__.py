@@ -1,0 +1,1 @@
+"""The optimisers, one method a file, and what they share."""
