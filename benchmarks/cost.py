@@ -21,7 +21,7 @@ from benchmarks.models import Batch, Cnn, Mlp, Task, classification_loss
 from benchmarks.report import environment, print_table, write_json, write_table
 from benchmarks.slices import NUM_IMAGES, measure_planes, planes_table, temporary_bytes
 from benchmarks.training import State, init_state, train_step
-from optcurv.curvature import CurvatureFn
+from optcurv.curvature import ProductFn
 from optcurv.methods.subproblems import Solver
 
 
@@ -50,7 +50,7 @@ RUNGE_KUTTA = Method("SGD-RK2", optcurv.sgd_rk2, "learning rate", (0.01,), 2)
 _ITERATIONS = 4
 
 
-def wide_trust_region(name: str, curvature: CurvatureFn, solver: Solver, gradients: float) -> Method:
+def wide_trust_region(name: str, curvature: ProductFn, solver: Solver, gradients: float) -> Method:
     """A trust region so wide that every step takes all its products."""
     optimizer = functools.partial(optcurv.trust_region, curvature=curvature, solver=solver, max_radius=1e6)
     return Method(name, lambda radius: optimizer(initial_radius=radius), "initial radius", (1e6,), gradients)
@@ -66,7 +66,7 @@ LOOPED = {
     wide_trust_region(
         f"TR Lanczos H j={_ITERATIONS}",
         optcurv.hessian_product,
-        optcurv.lanczos(_ITERATIONS, tol=0.0),
+        optcurv.gltr(_ITERATIONS, tol=0.0),
         4 / 3 + 2 * _ITERATIONS,
     ): optcurv.hessian_product,
 }

@@ -17,7 +17,7 @@ from benchmarks.methods import GRADIENT_DESCENT, Method
 from benchmarks.models import Batch, Task
 from benchmarks.training import init_state, train_step
 from optcurv.arguments import PyTree
-from optcurv.curvature import CurvatureFn, MatVec
+from optcurv.curvature import ProductFn, MatVec
 
 CURVATURES = {"Gauss-Newton": optcurv.gauss_newton_product, "Hessian": optcurv.hessian_product}
 NUM_COMPILES = 3
@@ -63,7 +63,7 @@ def count_flops(compiled: jax.stages.Compiled) -> float:
     return (compiled.cost_analysis() or {}).get("flops", 0.0)
 
 
-def product_flops(task: Task, curvature: CurvatureFn, batch: Batch) -> float:
+def product_flops(task: Task, curvature: ProductFn, batch: Batch) -> float:
     """Returns the operations of one product: what a second one adds."""
     params = jax.eval_shape(task.init, jax.random.key(0), batch)
     once, twice = (
@@ -75,11 +75,11 @@ def product_flops(task: Task, curvature: CurvatureFn, batch: Batch) -> float:
     return twice - once
 
 
-def _trust_region(curvature: CurvatureFn, radius: float | jax.Array) -> optax.GradientTransformation:
+def _trust_region(curvature: ProductFn, radius: float | jax.Array) -> optax.GradientTransformation:
     return optcurv.trust_region(curvature=curvature, initial_radius=radius, solver=optcurv.steihaug(max_iter=50))
 
 
-def _looped(task: Task, curvature: CurvatureFn, steps: int, params: PyTree, gradient: PyTree, batch: Batch) -> PyTree:
+def _looped(task: Task, curvature: ProductFn, steps: int, params: PyTree, gradient: PyTree, batch: Batch) -> PyTree:
     """So many iterations of conjugate gradients, kept from stopping early by damping and a wide region."""
     identity = optcurv.Metric(lambda v: v, lambda v: v)
     solve = optcurv.steihaug(max_iter=steps, tol=0.0)
@@ -87,7 +87,7 @@ def _looped(task: Task, curvature: CurvatureFn, steps: int, params: PyTree, grad
     return solve(product, gradient, identity, jnp.asarray(1e9), jax.random.key(0))
 
 
-def _unrolled(task: Task, curvature: CurvatureFn, steps: int, params: PyTree, gradient: PyTree, batch: Batch) -> PyTree:
+def _unrolled(task: Task, curvature: ProductFn, steps: int, params: PyTree, gradient: PyTree, batch: Batch) -> PyTree:
     """So many products in a row, outside of any loop."""
     product = _damped(curvature(task.loss(batch), params))
     vector = gradient

@@ -37,7 +37,7 @@ LIMITS: Mapping[str, Limit] = {
     "EDF-H k=2": Limit(optcurv.edf(1.0, 2, curvature=optcurv.hessian_product), 10),
     "TR Steihaug G": Limit(optcurv.trust_region(curvature=optcurv.gauss_newton_product), 10),
     "TR Steihaug H": Limit(optcurv.trust_region(), 10),
-    "TR Lanczos H, 4 vectors": Limit(optcurv.trust_region(solver=optcurv.lanczos(4)), None),
+    "TR Lanczos H, 4 vectors": Limit(optcurv.trust_region(solver=optcurv.gltr(4)), None),
     "TSO-ALRA": Limit(optcurv.tso_alra(0.1, when=100), None),
 }
 """Lanczos' method keeps a basis; Kronecker factors are no vectors."""

@@ -8,7 +8,7 @@ import jax
 import optax
 
 import optcurv
-from optcurv.curvature import CurvatureFn
+from optcurv.curvature import ProductFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +35,22 @@ def _pal(measuring_step: float | jax.Array) -> optax.GradientTransformation:
     return optcurv.pal(measuring_step, max_step=10 * measuring_step)
 
 
-def _full_batch_edf(krylov_dim: int, damping_scale: float = 1.0) -> Method:
+def _full_batch_edf(max_iter: int, damping_scale: float = 1.0) -> Method:
     """EDF-G as recommended for full batches, damped and accelerated by W2; as published it is undamped."""
     optimizer = functools.partial(
-        optcurv.edf, krylov_dim=krylov_dim, damping_scale=damping_scale, acceleration="nesterov"
+        optcurv.edf, max_iter=max_iter, damping_scale=damping_scale, acceleration="nesterov"
     )
-    name = f"EDF-G k={krylov_dim}, W2" + (", undamped" if damping_scale == 0 else "")
-    return Method(name, optimizer, "learning rate", _FULL_BATCH_GRID, 1 + 4 * krylov_dim / 3)
+    name = f"EDF-G k={max_iter}, W2" + (", undamped" if damping_scale == 0 else "")
+    return Method(name, optimizer, "learning rate", _FULL_BATCH_GRID, 1 + 4 * max_iter / 3)
 
 
-def _edf(krylov_dim: int, curvature: CurvatureFn) -> Callable[..., optax.GradientTransformation]:
+def _edf(max_iter: int, curvature: ProductFn) -> Callable[..., optax.GradientTransformation]:
     """EDF damped as published for mini-batches, without acceleration.
 
     On these networks W1 momentum lost more single-seed trials than it won; on a ResNet with BatchNorm it won at all
     three rates tried.
     """
-    return functools.partial(optcurv.edf, krylov_dim=krylov_dim, curvature=curvature)
+    return functools.partial(optcurv.edf, max_iter=max_iter, curvature=curvature)
 
 
 GRADIENT_DESCENT = Method("gradient step", optax.sgd, "learning rate", (0.01,), 1)
@@ -80,7 +80,7 @@ METHODS = (
 
 FULL_BATCH_METHODS = (
     *_FIRST_ORDER,
-    *(_full_batch_edf(krylov_dim) for krylov_dim in (1, 3, 8)),
+    *(_full_batch_edf(max_iter) for max_iter in (1, 3, 8)),
     _full_batch_edf(8, damping_scale=0.0),
 )
 """For batches that are the whole training set."""

@@ -17,9 +17,9 @@ START_DISTANCE = 3.0
 LEVEL = 0.9  # of the intervals
 
 METHODS = {
-    "gradient descent": optcurv.uniform_shape(),
-    "diagonal Adagrad": optcurv.adagrad_shape(),
-    "full-matrix Adagrad": optcurv.full_matrix_shape(),
+    "gradient descent": optcurv.uniform_norm(),
+    "diagonal Adagrad": optcurv.adagrad_norm(),
+    "full-matrix Adagrad": optcurv.full_matrix_norm(),
 }
 GD, DIAGONAL, FULL = METHODS
 
@@ -74,7 +74,7 @@ class Measured(NamedTuple):
     drawn: Descent
 
 
-def descend(shape: optcurv.Shape, hessian: jax.Array, start: jax.Array, step_size: jax.typing.ArrayLike) -> Descent:
+def descend(shape: optcurv.Norm, hessian: jax.Array, start: jax.Array, step_size: jax.typing.ArrayLike) -> Descent:
     """Steps s = -η A^{-1/2} g, each of which minimises gᵀs within ‖s‖_{A^{1/2}} ≤ η ‖g‖_{A^{-1/2}} (Eq. 6)."""
 
     def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:

@@ -18,7 +18,7 @@ from benchmarks.methods import GRADIENT_DESCENT, METHODS, Method
 from benchmarks.models import Batch, Mlp, Task, classification_loss
 from benchmarks.programs import Cost, read_cost, total
 from benchmarks.training import State, train_step
-from optcurv.curvature import CurvatureFn
+from optcurv.curvature import ProductFn
 
 NUM_CLASSES = 10
 _SECONDS_OF_A_MEASUREMENT = 0.03  # at least, of the yardstick's steps within a round
@@ -60,12 +60,12 @@ class Candidate:
         return self.method.name
 
 
-def edf(krylov_dim: int, curvature: CurvatureFn) -> Candidate:
+def edf(max_iter: int, curvature: ProductFn) -> Candidate:
     """Returns EDF with so many products a step."""
     letter, price = ("G", 4 / 3) if curvature is optcurv.gauss_newton_product else ("H", 2)
-    optimizer = functools.partial(optcurv.edf, krylov_dim=krylov_dim, curvature=curvature)
-    gradients = 1 + price * krylov_dim
-    return Candidate(Method(f"EDF-{letter} k={krylov_dim}", optimizer, "learning rate", (1.0,), gradients))
+    optimizer = functools.partial(optcurv.edf, max_iter=max_iter, curvature=curvature)
+    gradients = 1 + price * max_iter
+    return Candidate(Method(f"EDF-{letter} k={max_iter}", optimizer, "learning rate", (1.0,), gradients))
 
 
 def trust_region(iterations: int) -> Candidate:

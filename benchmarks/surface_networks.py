@@ -223,7 +223,7 @@ class Problem:
         def after_step(statistics: Any) -> Any:
             return self._apply_in_training(params, statistics, self.seen.images)[1]
 
-        statistics = self._statistics and optcurv.settled_statistics(after_step, self._statistics)
+        statistics = self._statistics and optcurv.recomputed_batch_stats(after_step, self._statistics)
         variables: dict[str, Any] = {"params": params, "batch_stats": statistics}
         test = self.network.apply(variables, self.test.images)
         return train, test  # pyright: ignore[reportReturnType]: without `mutable`, apply returns the output alone

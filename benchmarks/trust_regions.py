@@ -31,7 +31,7 @@ COMPETITIVE = 1.25
 _LONGEST_CHUNK = 16  # steps taken before their costs are fetched
 
 
-def _trust_region(shape: optcurv.Shape) -> Callable[..., optax.GradientTransformationExtraArgs]:
+def _trust_region(shape: optcurv.Norm) -> Callable[..., optax.GradientTransformationExtraArgs]:
     def optimizer(initial_radius: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         return optcurv.trust_region(shape=shape, initial_radius=initial_radius)
 
@@ -42,9 +42,9 @@ _momentum = functools.partial(optax.sgd, momentum=0.9)
 
 # The price is that of a step without its products, which `BudgetTrainer` counts.
 TRUST_REGIONS = (
-    Method("TR uniform", _trust_region(optcurv.uniform_shape()), "initial radius", _RADII, 4 / 3),
-    Method("TR Adagrad", _trust_region(optcurv.adagrad_shape()), "initial radius", _RADII, 4 / 3),
-    Method("TR RMSProp", _trust_region(optcurv.rmsprop_shape()), "initial radius", _RADII, 4 / 3),
+    Method("TR uniform", _trust_region(optcurv.uniform_norm()), "initial radius", _RADII, 4 / 3),
+    Method("TR Adagrad", _trust_region(optcurv.adagrad_norm()), "initial radius", _RADII, 4 / 3),
+    Method("TR RMSProp", _trust_region(optcurv.rmsprop_norm()), "initial radius", _RADII, 4 / 3),
 )
 BALL, *ELLIPSOIDS = (method.name for method in TRUST_REGIONS)
 

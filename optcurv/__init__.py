@@ -6,7 +6,7 @@ from optcurv.diagnostics import diagnostics
 from optcurv.kronecker.factors import BLOCK, DIAGONAL, KRONECKER, Structure
 from optcurv.kronecker.layers import layers
 from optcurv.kronecker.preconditioner import scale_by_kronecker
-from optcurv.kronecker.samplers import sample_categorical, sample_gaussian
+from optcurv.kronecker.samplers import sample_categorical_gradients, sample_gaussian_gradients
 from optcurv.krylov import Metric, minres
 from optcurv.landscape.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.landscape.diagonal_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
@@ -18,7 +18,7 @@ from optcurv.landscape.slices import (
     plane,
     plane_coordinates,
     random_direction,
-    settled_statistics,
+    recomputed_batch_stats,
 )
 from optcurv.landscape.spectra import (
     hutchinson_diagonal,
@@ -29,7 +29,7 @@ from optcurv.landscape.spectra import (
 from optcurv.losses import softmax_cross_entropy_with_integer_labels
 from optcurv.masking import masked
 from optcurv.methods.edf import edf, scale_by_edf, scale_by_nesterov_flow
-from optcurv.methods.norms import Shape, adagrad_shape, full_matrix_shape, rmsprop_shape, uniform_shape
+from optcurv.methods.norms import Shape, adagrad_norm, full_matrix_norm, rmsprop_norm, uniform_norm
 from optcurv.methods.pal import pal, scale_by_parabolic_linesearch
 from optcurv.methods.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
 from optcurv.methods.subproblems import Stop, lanczos, steihaug
@@ -58,7 +58,7 @@ __all__ = [
     "Tableau",
     "absolute_line",
     "accumulate",
-    "adagrad_shape",
+    "adagrad_norm",
     "adam_rk2",
     "adaptive_cubic",
     "barrier_height",
@@ -68,7 +68,7 @@ __all__ = [
     "diagnostics",
     "diagonal_mass",
     "edf",
-    "full_matrix_shape",
+    "full_matrix_norm",
     "functional_distance",
     "gauss_newton_product",
     "hessian_product",
@@ -88,15 +88,15 @@ __all__ = [
     "plane",
     "plane_coordinates",
     "random_direction",
-    "rmsprop_shape",
+    "rmsprop_norm",
     "runge_kutta",
-    "sample_categorical",
-    "sample_gaussian",
+    "sample_categorical_gradients",
+    "sample_gaussian_gradients",
     "scale_by_edf",
     "scale_by_kronecker",
     "scale_by_nesterov_flow",
     "scale_by_parabolic_linesearch",
-    "settled_statistics",
+    "recomputed_batch_stats",
     "sgd_rk2",
     "softmax_cross_entropy_with_integer_labels",
     "spectral_density",
@@ -105,6 +105,6 @@ __all__ = [
     "switch",
     "trust_region",
     "tso_alra",
-    "uniform_shape",
+    "uniform_norm",
     "wigner_diagonal_mass",
 ]

@@ -26,7 +26,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
     pass left, so products cost up to a half more.
 
     The Kronecker factors of `optcurv.scale_by_kronecker` are taken of all micro-batches together; with
-    `curvature_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.
+    `curvature_value_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.
 
     Args:
       loss_of_batch: maps a micro-batch to its loss closure, or `Composite`, a mean over its examples.

@@ -133,7 +133,7 @@ def _check_loss(method: str, params: PyTree, given: dict[str, Any]) -> None:
             "(If you did, a wrapper dropped it: optax.chain around optax.MultiSteps or optax.lookahead does; "
             "put such a wrapper outermost.)"
         )
-    for name in {"value_fn", "curvature_fn"} & set(given):
+    for name in {"value_fn", "curvature_value_fn"} & set(given):
         remedy = f"with the batch in its closure, as in {name}=lambda params: loss(params, batch)"
         check_function(name, given[name], "params", remedy)
 

@@ -18,7 +18,7 @@ from optcurv.convolutions import with_canonical_convolutions
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear operator: maps a pytree like the parameters to another, and keeps its dtype."""
 
-CurvatureFn: TypeAlias = Callable[[ValueFn, PyTree], MatVec]
+ProductFn: TypeAlias = Callable[[ValueFn, PyTree], MatVec]
 """Builds an operator from a loss closure and the point at which it is taken."""
 
 
@@ -63,15 +63,15 @@ class Composite:
         check_function("Composite.model_fn", self.model_fn, "params", "with the inputs in its closure")
         check_function("Composite.loss_fn", self.loss_fn, "outputs", "with the labels in its closure")
 
-    def __call__(self, params: PyTree, curvature_fn: ValueFn | None = None, monitored_value: Any = None) -> Any:
+    def __call__(self, params: PyTree, curvature_value_fn: ValueFn | None = None, monitored_value: Any = None) -> Any:
         """Returns the loss at `params`, or `(loss, aux)` with `has_aux`.
 
         The other arguments are ignored. They are named here because optax's line searches hand every extra argument of
         `update` on to `value_fn` and reject those it does not name; and not by keyword only, because
         `nnx.value_and_grad` differentiates no function with such arguments.
         """
-        if curvature_fn is not None:  # as in loss(params, batch)
-            check_function("curvature_fn", curvature_fn, "params", "and the loss has the batch in its closure")
+        if curvature_value_fn is not None:  # as in loss(params, batch)
+            check_function("curvature_value_fn", curvature_value_fn, "params", "and the loss has the batch in its closure")
         del monitored_value
         outputs, aux = self.outputs_and_aux(params)
         value = self.loss_of_outputs(outputs)

@@ -18,7 +18,7 @@ def masked(
     """`optax.masked` for transformations that evaluate the loss; the signs are those of `inner`.
 
     `optax.masked` hands `inner` only the parameters under the mask, and a loss of all of them then fails. Here `inner`
-    also gets `value_fn` and `curvature_fn` as functions of those parameters, the others kept at their present values,
+    also gets `value_fn` and `curvature_value_fn` as functions of those parameters, the others kept at their present values,
     and `grad` reduced likewise. A `Composite` stays one.
 
     As with `optax.masked`, updates outside the mask pass through unchanged: to freeze those parameters, set their
@@ -73,7 +73,7 @@ def masked(
         reduced = dict(extra_args)
         if extra_args.get("grad") is not None:
             reduced["grad"] = _under_mask(mask_tree, extra_args["grad"])
-        for name in ("value_fn", "curvature_fn"):
+        for name in ("value_fn", "curvature_value_fn"):
             if callable(extra_args.get(name)) and params is not None:
                 reduced[name] = _with_the_rest(extra_args[name], mask_tree, params)
         return transformation.update(updates, state, params, **reduced)

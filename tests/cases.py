@@ -20,7 +20,7 @@ class Case:
       options: its arguments, chosen for the small problems of the tests.
       static: those that `optax.inject_hyperparams` must not trace.
       needs_composite: whether a plain closure is refused.
-      curvature: whether `curvature_fn` changes the step.
+      curvature: whether `curvature_value_fn` changes the step.
       variant: whether it is another choice of options for a method that has a row already; `-m "not variant"` leaves
         such rows out.
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
@@ -43,13 +43,13 @@ class Case:
 
 
 def edf_case(
-    name: str, krylov_dim: int, *, needs_composite: bool = True, variant: bool = False, **options: Any
+    name: str, max_iter: int, *, needs_composite: bool = True, variant: bool = False, **options: Any
 ) -> Case:
     return Case(
         name=name,
         factory=optcurv.edf,
-        options={"learning_rate": 0.5, "krylov_dim": krylov_dim, **options},
-        static=("krylov_dim", "curvature", "acceleration"),
+        options={"learning_rate": 0.5, "max_iter": max_iter, **options},
+        static=("max_iter", "curvature", "acceleration"),
         needs_composite=needs_composite,
         curvature=True,
         variant=variant,
@@ -105,7 +105,7 @@ CASES = [
     trust_region_case("trust-region", variant=False),
     trust_region_case(
         "trust-region-full-matrix-gauss-newton",
-        shape=optcurv.full_matrix_shape(decay=0.8, eps=1e-2),
+        shape=optcurv.full_matrix_norm(decay=0.8, eps=1e-2),
         curvature=optcurv.gauss_newton_product,
         initial_radius=1.0,
         needs_composite=True,
@@ -113,7 +113,7 @@ CASES = [
     Case(
         "adaptive-cubic",
         optcurv.adaptive_cubic,
-        {"shape": optcurv.uniform_shape(), "max_iter": 6},
+        {"shape": optcurv.uniform_norm(), "max_iter": 6},
         static=("shape", "max_iter", "curvature", "seed"),
         curvature=True,
         moves_without_gradient=True,

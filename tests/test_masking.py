@@ -16,7 +16,7 @@ def train(optimizer, params, loss, num_steps=4):
     @jax.jit
     def step(params, state):
         value, grad = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_fn=loss)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_value_fn=loss)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
@@ -81,8 +81,8 @@ def test_mask_may_be_a_prefix():
 def test_plain_closure_and_an_optax_line_search_inside_the_mask():
     params, loss = problems.network_params(), problems.network_loss(problems.blobs())
 
-    def plain(p, curvature_fn=None):
-        del curvature_fn  # named, since optax's line searches hand it on
+    def plain(p, curvature_value_fn=None):
+        del curvature_value_fn  # named, since optax's line searches hand it on
         return loss(p)
 
     inner = optax.chain(optcurv.edf(1.0, curvature=optcurv.hessian_product), optax.scale_by_backtracking_linesearch(10))

@@ -38,7 +38,7 @@ from optcurv.kronecker.factors import (
 )
 from optcurv.kronecker.layers import Layers, count_examples, pull_back_taps, tap
 from optcurv.kronecker.layers import layers as find_layers
-from optcurv.kronecker.samplers import LabelSampler
+from optcurv.kronecker.samplers import OutputGradientSampler
 from optcurv.sharding import check_splits_rows, mean_over_devices, own_key
 
 _OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in
@@ -97,7 +97,7 @@ def scale_by_kronecker(
     damping: optax.ScalarOrSchedule = 1e-3,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     structure: Structure = KRONECKER,
-    labels: LabelSampler | None = None,
+    labels: OutputGradientSampler | None = None,
     layers: Layers | None = None,
     batch_size: int | None = None,
     rank: int | None = 16,
@@ -129,7 +129,7 @@ def scale_by_kronecker(
     p = -1 a sum over N examples makes the updates N times too short. With `labels` drawn, the factors do not depend on
     the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
 
-    The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
+    The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch, for the
     factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
     those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
     the loss would fade but slowly.
@@ -143,8 +143,8 @@ def scale_by_kronecker(
       absolute_damping: likewise; published 1e-6, with no relative one.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
         `optcurv.DIAGONAL`.
-      labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical`
-        and `optcurv.sample_gaussian` draw them from the model's predictions, for the true one; the loss must then be a
+      labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical_gradients`
+        and `optcurv.sample_gaussian_gradients` draw them from the model's predictions, for the true one; the loss must then be a
         `Composite`.
       layers: of the closure, as `optcurv.layers` returns them; the loss must then have these very layers. By default
         every array of more than one axis may be a kernel, whose last axis alone is the output's, as those of dense
@@ -202,7 +202,7 @@ def scale_by_kronecker(
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
     if labels is not None:
-        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical")
+        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical_gradients")
     if layers is not None and not isinstance(layers, Layers):
         raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
     if root_sharding is not None:
@@ -292,15 +292,15 @@ def scale_by_kronecker(
         params: PyTree = None,
         *,
         value_fn: ValueFn,
-        curvature_fn: ValueFn | None = None,
+        curvature_value_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByKroneckerState]:
         del extra_args  # those of the other links in a chain
         gradient = at_least_float32(updates)
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
-        curvature_fn = curvature_fn or value_fn
-        found = find_layers(curvature_fn, params, leave_out=leave_out)
+        curvature_value_fn = curvature_value_fn or value_fn
+        found = find_layers(curvature_value_fn, params, leave_out=leave_out)
         in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
         alone = [path for path in in_no_layer if jnp.size(gradients[path])]
         shapes = {} if structure is DIAGONAL else factor_shapes(_sizes(found))
@@ -308,7 +308,7 @@ def scale_by_kronecker(
 
         num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
-        average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
+        average_in = lambda operands: average(curvature_value_fn, num_examples, state, before, *operands)  # noqa: E731
         factors, squares, weight, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),

@@ -7,12 +7,12 @@ import jax
 
 from optcurv.arguments import PyTree
 
-LabelSampler: TypeAlias = Callable[[jax.Array, PyTree], PyTree]
+OutputGradientSampler: TypeAlias = Callable[[jax.Array, PyTree], PyTree]
 """Draws labels from a model's predictions: maps a random key and the outputs to the gradient, by the outputs, of the
 mean negative log-likelihood of labels so drawn."""
 
 
-def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+def sample_categorical_gradients(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws a class from the softmax of each row: the gradient of the mean cross-entropy.
 
     Args:
@@ -24,7 +24,7 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
-      >>> print(optcurv.sample_categorical(jax.random.key(0), jnp.array([[100.0, 0.0]])))
+      >>> print(optcurv.sample_categorical_gradients(jax.random.key(0), jnp.array([[100.0, 0.0]])))
       [[0. 0.]]
     """
     labels = jax.random.categorical(key, logits)
@@ -32,7 +32,7 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     return probabilities / labels.size
 
 
-def sample_gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
+def sample_gaussian_gradients(key: jax.Array, outputs: jax.Array) -> jax.Array:
     """Draws targets with unit variance around the outputs: the gradient of half the mean squared distance.
 
     Args:
@@ -44,7 +44,7 @@ def sample_gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
-      >>> print(optcurv.sample_gaussian(jax.random.key(0), jnp.zeros((4, 3))).shape)
+      >>> print(optcurv.sample_gaussian_gradients(jax.random.key(0), jnp.zeros((4, 3))).shape)
       (4, 3)
     """
     return jax.random.normal(key, outputs.shape, outputs.dtype) / outputs.shape[0]

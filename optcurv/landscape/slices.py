@@ -326,7 +326,7 @@ def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iter
     return jnp.linalg.solve(gram, jnp.stack(slopes).T).T
 
 
-def settled_statistics(update_fn: Callable[[PyTree], PyTree], statistics: PyTree) -> PyTree:
+def recomputed_batch_stats(update_fn: Callable[[PyTree], PyTree], statistics: PyTree) -> PyTree:
     r"""The running statistics at which a training step leaves them as they are.
 
     BatchNorm's running averages belong to the parameters they were taken at; between networks there are none. In a
@@ -342,12 +342,12 @@ def settled_statistics(update_fn: Callable[[PyTree], PyTree], statistics: PyTree
       The statistics of the data.
 
     Example:
-      With a Flax network: `settled_statistics(lambda s: net.apply({"params": p, "batch_stats": s}, x, train=True,
+      With a Flax network: `recomputed_batch_stats(lambda s: net.apply({"params": p, "batch_stats": s}, x, train=True,
       mutable="batch_stats")[1]["batch_stats"], batch_stats)`.
 
       >>> import jax.numpy as jnp, optcurv
       >>> update = lambda s: {"mean": 0.75 * s["mean"] + 0.25 * 3.0}
-      >>> print(optcurv.settled_statistics(update, {"mean": jnp.zeros(2)}))
+      >>> print(optcurv.recomputed_batch_stats(update, {"mean": jnp.zeros(2)}))
       {'mean': Array([3., 3.], dtype=float32)}
     """
     # Compiled together, all need one forward pass: what a training step adds does not depend on running statistics.

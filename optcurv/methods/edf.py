@@ -17,7 +17,7 @@ from optcurv.arguments import (
     checked,
     scheduled,
 )
-from optcurv.curvature import CurvatureFn, gauss_newton_product
+from optcurv.curvature import ProductFn, gauss_newton_product
 from optcurv.krylov import minres
 
 
@@ -54,9 +54,9 @@ class ScaleByEdfState(NamedTuple):
 
 
 def scale_by_edf(
-    krylov_dim: int = 2,
+    max_iter: int = 2,
     *,
-    curvature: CurvatureFn = gauss_newton_product,
+    curvature: ProductFn = gauss_newton_product,
     damping_scale: optax.ScalarOrSchedule = 1.0,
     damping_power: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,12 +72,12 @@ def scale_by_edf(
     EDF-H as published may go uphill where the Hessian is indefinite; `info.cosine` shows it. Where no negative
     curvature was met and the direction still goes uphill, it is due to rounding, and the direction for k = 1 is taken.
 
-    The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_fn` (the
+    The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_value_fn` (the
     loss on a smaller batch, for the products only; default `value_fn`) and `value` (optional; a loss that is not finite
     gives a zero update).
 
     Args:
-      krylov_dim: k, the number of curvature products, at least 1; a Python int. A step costs 1 + 4k/3 gradients with
+      max_iter: k, the number of curvature products, at least 1; a Python int. A step costs 1 + 4k/3 gradients with
         Gauss-Newton products, 1 + 2k with Hessian products.
       curvature: `optcurv.gauss_newton_product` (default), `optcurv.hessian_product`, or any function of the same
         signature.
@@ -96,14 +96,14 @@ def scale_by_edf(
       >>> import jax, jax.numpy as jnp, optax, optcurv
       >>> loss = optcurv.Composite(lambda w: w * jnp.array([1.0, 10.0]), lambda outputs: 0.5 * jnp.sum(outputs**2))
       >>> optimizer = optax.chain(
-      ...     optcurv.scale_by_edf(krylov_dim=2, damping_scale=0.0), optax.scale_by_learning_rate(1.0)
+      ...     optcurv.scale_by_edf(max_iter=2, damping_scale=0.0), optax.scale_by_learning_rate(1.0)
       ... )
       >>> w = jnp.array([1.0, 1.0])
       >>> updates, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
       >>> print(updates.round(3))
       [-1. -1.]
     """
-    check_count("krylov_dim", krylov_dim)
+    check_count("max_iter", max_iter)
     check_number("damping_scale", damping_scale, minimum=0.0)
     check_number("damping_power", damping_power, minimum=0.0)
     check_function("curvature", curvature, "value_fn, params", "such as optcurv.gauss_newton_product")
@@ -121,7 +121,7 @@ def scale_by_edf(
         *,
         value_fn: ValueFn,
         value: chex.Numeric | None = None,
-        curvature_fn: ValueFn | None = None,
+        curvature_value_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByEdfState]:
         del extra_args  # those of the other links in a chain
@@ -130,8 +130,8 @@ def scale_by_edf(
         scale = scheduled(damping_scale, state.count, norm.dtype)
         damping = scale * norm ** scheduled(damping_power, state.count, norm.dtype)
 
-        matvec = curvature(curvature_fn or value_fn, params)
-        direction, krylov_info = minres(matvec, gradient, krylov_dim, shift=damping)
+        matvec = curvature(curvature_value_fn or value_fn, params)
+        direction, krylov_info = minres(matvec, gradient, max_iter, shift=damping)
         slope = jnp.asarray(optax.tree.vdot(gradient, direction))
         breakdown = (slope < 0) & ~krylov_info.negative_curvature
         direction = optax.tree.where(breakdown, optax.tree.scale(krylov_info.first_step, gradient), direction)
@@ -218,9 +218,9 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformationEx
 
 def edf(
     learning_rate: optax.ScalarOrSchedule,
-    krylov_dim: int = 2,
+    max_iter: int = 2,
     *,
-    curvature: CurvatureFn = gauss_newton_product,
+    curvature: ProductFn = gauss_newton_product,
     damping_scale: optax.ScalarOrSchedule = 1.0,
     damping_power: optax.ScalarOrSchedule = 1.0,
     acceleration: Literal["momentum", "nesterov"] | None = None,
@@ -236,7 +236,7 @@ def edf(
 
     Args:
       learning_rate: η, a number or a schedule.
-      krylov_dim: k, the number of curvature products; a Python int, at least 1.
+      max_iter: k, the number of curvature products; a Python int, at least 1.
       curvature: `optcurv.gauss_newton_product` (EDF-G, default) or `optcurv.hessian_product` (EDF-H).
       damping_scale: a ≥ 0 in :math:`\lambda = a \|g\|^b`, a number or a schedule.
       damping_power: b ≥ 0, likewise.
@@ -253,7 +253,7 @@ def edf(
     Example:
       >>> import jax, jax.numpy as jnp, optax, optcurv
       >>> loss = optcurv.Composite(lambda w: w * jnp.array([1.0, 10.0]), lambda outputs: 0.5 * jnp.sum(outputs**2))
-      >>> optimizer = optcurv.edf(learning_rate=1.0, krylov_dim=1, acceleration="nesterov")
+      >>> optimizer = optcurv.edf(learning_rate=1.0, max_iter=1, acceleration="nesterov")
       >>> w = jnp.array([1.0, 1.0])
       >>> state = optimizer.init(w)
       >>> for _ in range(30):
@@ -264,7 +264,7 @@ def edf(
       True
     """
     check_number("learning_rate", learning_rate, minimum=0.0)
-    direction = scale_by_edf(krylov_dim, curvature=curvature, damping_scale=damping_scale, damping_power=damping_power)
+    direction = scale_by_edf(max_iter, curvature=curvature, damping_scale=damping_scale, damping_power=damping_power)
     scale = optax.scale_by_learning_rate(learning_rate)
     if acceleration is None:
         links = [direction, scale]

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
       >>> import jax.numpy as jnp, optcurv
       >>> m = jnp.array([1e-4, 1.0])
-      >>> fixed = optcurv.Shape(
+      >>> fixed = optcurv.Norm(
       ...     init=lambda params: (),
       ...     update=lambda state, gradient: state,
       ...     apply=lambda state, v: m * v,
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     inverse: Callable[[Any, PyTree], PyTree]
 
 
-def uniform_shape() -> Shape:
+def uniform_norm() -> Shape:
     """The ball: M = I, the plain trust region.
 
     Returns:
@@ -51,7 +51,7 @@ def uniform_shape() -> Shape:
 
     Example:
       >>> import optcurv
-      >>> optimizer = optcurv.trust_region(shape=optcurv.uniform_shape())
+      >>> optimizer = optcurv.trust_region(shape=optcurv.uniform_norm())
     """
     return Shape(
         init=lambda params: (),
@@ -61,7 +61,7 @@ def uniform_shape() -> Shape:
     )
 
 
-def adagrad_shape(eps: float = 1e-10, power: float = 0.5) -> Shape:
+def adagrad_norm(eps: float = 1e-10, power: float = 0.5) -> Shape:
     r"""Adagrad's ellipsoid, :math:`M = \mathrm{diag}(v + \epsilon)^p` with :math:`v = \sum_t g_t^2`.
 
     The diagonal of Eq. 2 of "Adaptive norms for deep learning with regularized Newton methods". The power is
@@ -80,7 +80,7 @@ def adagrad_shape(eps: float = 1e-10, power: float = 0.5) -> Shape:
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.adagrad_shape()
+      >>> shape = optcurv.adagrad_norm()
       >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
       >>> print(shape.apply(state, jnp.ones(2)))
       [3.  0.5]
@@ -88,7 +88,7 @@ def adagrad_shape(eps: float = 1e-10, power: float = 0.5) -> Shape:
     return _diagonal_shape(lambda v, gradient: v + gradient**2, eps, power)
 
 
-def rmsprop_shape(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) -> Shape:
+def rmsprop_norm(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) -> Shape:
     r"""RMSProp's ellipsoid, :math:`M = \mathrm{diag}(v + \epsilon)^p`, :math:`v \leftarrow \beta v + (1 - \beta) g^2`.
 
     The diagonal of Eq. 3 of "Adaptive norms for deep learning with regularized Newton methods", with the present
@@ -108,7 +108,7 @@ def rmsprop_shape(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) ->
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.rmsprop_shape(decay=0.75)
+      >>> shape = optcurv.rmsprop_norm(decay=0.75)
       >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
       >>> print(shape.apply(state, jnp.ones(2)))
       [1.5  0.25]
@@ -137,14 +137,14 @@ def _diagonal_shape(average: Callable[[jax.Array, jax.Array], jax.Array], eps: f
 
 
 class FullMatrixState(NamedTuple):
-    """State of `full_matrix_shape`: the sum or average of outer products, and M and its inverse made of it."""
+    """State of `full_matrix_norm`: the sum or average of outer products, and M and its inverse made of it."""
 
     second_moment: jax.Array
     matrix: jax.Array
     inverse: jax.Array
 
 
-def full_matrix_shape(
+def full_matrix_norm(
     *, decay: float | None = None, eps: float = 1e-10, power: float = 0.5, max_size: int = 2048
 ) -> Shape:
     r"""The ellipsoid with all correlations, :math:`M = (G + \epsilon I)^p`, for small problems.
@@ -168,7 +168,7 @@ def full_matrix_shape(
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.full_matrix_shape()
+      >>> shape = optcurv.full_matrix_norm()
       >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 4.0]))  # of length 5
       >>> print(shape.apply(state, jnp.array([3.0, 4.0])).round(1))
       [15. 20.]
@@ -183,8 +183,8 @@ def full_matrix_shape(
         flat, _ = ravel_pytree(at_least_float32(params))
         if flat.size > max_size:
             raise ValueError(
-                f"full_matrix_shape would decompose a {flat.size}×{flat.size} matrix at every step, above its max_size "
-                f"of {max_size}: use optcurv.rmsprop_shape(), or raise max_size."
+                f"full_matrix_norm would decompose a {flat.size}×{flat.size} matrix at every step, above its max_size "
+                f"of {max_size}: use optcurv.rmsprop_norm(), or raise max_size."
             )
         zeros, identity = jnp.zeros((flat.size, flat.size), flat.dtype), jnp.eye(flat.size, dtype=flat.dtype)
         return FullMatrixState(zeros, eps**power * identity, eps**-power * identity)

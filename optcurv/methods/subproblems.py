@@ -118,7 +118,7 @@ class Stop(enum.IntEnum):
 
     Attributes:
       NOT_FINITE: gradient or product.
-      INDEFINITE_SHAPE: a vector met had a negative squared norm.
+      INDEFINITE_NORM: a vector met had a negative squared norm.
       CONVERGED: inside the region.
       BOUNDARY: the step ends on it.
       NEGATIVE_CURVATURE: likewise, along a direction of negative (or no) curvature.
@@ -132,7 +132,7 @@ class Stop(enum.IntEnum):
     """
 
     NOT_FINITE = 0
-    INDEFINITE_SHAPE = 1
+    INDEFINITE_NORM = 1
     CONVERGED = 2
     BOUNDARY = 3
     NEGATIVE_CURVATURE = 4
@@ -220,13 +220,13 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
             s_p, p_p = beta * s_p, rho_new + beta**2 * p_p
             at_boundary = jnp.where(curvature > 0, Stop.BOUNDARY, Stop.NEGATIVE_CURVATURE)
             converged = jnp.where(jnp.sqrt(rho_new) <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
-            stop = jnp.where(rho_new >= 0, jnp.where(inside, converged, at_boundary), Stop.INDEFINITE_SHAPE)
+            stop = jnp.where(rho_new >= 0, jnp.where(inside, converged, at_boundary), Stop.INDEFINITE_NORM)
             stop = jnp.where(jnp.isfinite(curvature) & jnp.isfinite(rho_new), stop, Stop.NOT_FINITE)
             return _ConjugateGradients(s, r, p, rho_new, s_s, s_p, p_p, decrease, iterations + 1, stop)
 
         zero = jnp.zeros_like(rho)
         stop = jnp.where(norm <= tolerance, Stop.CONVERGED, Stop.MAX_ITER)
-        stop = jnp.where(rho >= 0, stop, Stop.INDEFINITE_SHAPE)
+        stop = jnp.where(rho >= 0, stop, Stop.INDEFINITE_NORM)
         start = _ConjugateGradients(
             step=optax.tree.zeros_like(gradient),
             residual=gradient,
@@ -293,7 +293,7 @@ def lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
 
       >>> import jax, jax.numpy as jnp, optcurv
       >>> ball = optcurv.Metric(apply=lambda v: v, inverse=lambda v: v)
-      >>> solve = optcurv.lanczos(max_iter=2)
+      >>> solve = optcurv.gltr(max_iter=2)
       >>> g = jnp.array([0.0, 0.0])
       >>> found = solve(lambda v: jnp.array([1.0, -1.0]) * v, g, ball, jnp.array(1.0), jax.random.key(0))
       >>> print(found.predicted_decrease.round(3), optcurv.Stop(int(found.stop)).name)
@@ -427,6 +427,6 @@ def _step_in_space(
     h = minimizer.point
     product = functools.partial(jnp.matmul, precision="highest")
     quadratic = product(h, space.gradient + 0.5 * product(space.operator, h))
-    stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_SHAPE)
+    stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_NORM)
     stop = jnp.where(jnp.isfinite(quadratic + space.least_square), stop, Stop.NOT_FINITE)
     return ModelStep(combine(h, space.basis), -quadratic - regularization, space.products, stop)

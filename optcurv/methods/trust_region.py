@@ -20,9 +20,9 @@ from optcurv.arguments import (
     scheduled,
     wide_dtype,
 )
-from optcurv.curvature import CurvatureFn, hessian_product
+from optcurv.curvature import ProductFn, hessian_product
 from optcurv.krylov import Metric
-from optcurv.methods.norms import Shape, rmsprop_shape
+from optcurv.methods.norms import Shape, rmsprop_norm
 from optcurv.methods.subproblems import Solver, Stop, cubic_lanczos, steihaug
 from optcurv.spikes import Watch, look, start_watch
 
@@ -83,9 +83,9 @@ class RegularizedNewtonState(NamedTuple):
 
 def trust_region(
     *,
-    shape: Shape = rmsprop_shape(),  # noqa: B008  a tuple of pure functions
+    shape: Shape = rmsprop_norm(),  # noqa: B008  a tuple of pure functions
     solver: Solver = steihaug(),  # noqa: B008
-    curvature: CurvatureFn = hessian_product,
+    curvature: ProductFn = hessian_product,
     initial_radius: chex.Numeric = 5e-2,
     min_radius: optax.ScalarOrSchedule = 1e-8,
     max_radius: optax.ScalarOrSchedule = 10.0,
@@ -115,14 +115,14 @@ def trust_region(
     gradients fall below 1e-6 of the largest, as they do after a spike, the shape starts anew.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
-    `curvature_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
+    `curvature_value_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
     costs one forward pass beyond the products. A loss that is not finite at the trial point rejects the step; where
     the loss, the gradient or a product at params is not finite, or the gradient is refused, nothing changes at all.
 
     Args:
-      shape: M; `optcurv.rmsprop_shape()` (default), `optcurv.adagrad_shape()`, `optcurv.uniform_shape()`,
-        `optcurv.full_matrix_shape()`, or any `optcurv.Shape`.
-      solver: `optcurv.steihaug()` (default), or `optcurv.lanczos()`, which also leaves saddles.
+      shape: M; `optcurv.rmsprop_norm()` (default), `optcurv.adagrad_norm()`, `optcurv.uniform_norm()`,
+        `optcurv.full_matrix_norm()`, or any `optcurv.Norm`.
+      solver: `optcurv.steihaug()` (default), or `optcurv.gltr()`, which also leaves saddles.
       curvature: B; `optcurv.hessian_product` (default), `optcurv.gauss_newton_product`, or any function of the same
         signature.
       initial_radius: Δ₀ > 0, in the norm of M; published 1e-4 to 5e-2.
@@ -132,7 +132,7 @@ def trust_region(
       grow_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₁ > 1, likewise.
       shrinkage: γ₂ > 1, likewise; published 1.25 to 1.75.
-      seed: of the random vectors that `optcurv.lanczos` starts from.
+      seed: of the random vectors that `optcurv.gltr` starts from.
 
     Returns:
       The optimiser.
@@ -177,9 +177,9 @@ def trust_region(
 
 def adaptive_cubic(
     *,
-    shape: Shape = rmsprop_shape(),  # noqa: B008
+    shape: Shape = rmsprop_norm(),  # noqa: B008
     max_iter: int = 10,
-    curvature: CurvatureFn = hessian_product,
+    curvature: ProductFn = hessian_product,
     initial_weight: chex.Numeric = 1.0,
     min_weight: optax.ScalarOrSchedule = 1e-8,
     max_weight: optax.ScalarOrSchedule = 1e8,
@@ -194,7 +194,7 @@ def adaptive_cubic(
     .. math:: s \approx \arg\min_s\; m(s) = L(w) + g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3
 
     the trust region's sibling (footnote 5 of "Adaptive norms for deep learning with regularized Newton methods";
-    Cartis, Gould and Toint 2011). The model is minimised globally in the Krylov space of `optcurv.lanczos`. The step is
+    Cartis, Gould and Toint 2011). The model is minimised globally in the Krylov space of `optcurv.gltr`. The step is
     taken if :math:`\rho \ge \eta_1`; σ shrinks to :math:`\max(\sigma / \gamma_1, \sigma_{\min})` if
     :math:`\rho \ge \eta_2` and grows to :math:`\min(\gamma_2 \sigma, \sigma_{\max})` if the step is rejected. Extra
     arguments, small decreases and rejections are as in `optcurv.trust_region`.
@@ -283,7 +283,7 @@ def _regularized_newton(
     info_type: type[TrustRegionInfo] | type[AdaptiveCubicInfo],
     shape: Shape,
     solver: Solver,
-    curvature: CurvatureFn,
+    curvature: ProductFn,
     initial_size: chex.Numeric,
     accept_ratio: optax.ScalarOrSchedule,
     resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
@@ -291,7 +291,7 @@ def _regularized_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
     if not isinstance(shape, Shape):
-        raise TypeError(f"shape must be an optcurv.Shape like optcurv.rmsprop_shape(), got {shape!r}.")
+        raise TypeError(f"shape must be an optcurv.Norm like optcurv.rmsprop_norm(), got {shape!r}.")
     check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
     check_function("curvature", curvature, "value_fn, params", "such as optcurv.hessian_product")
 
@@ -313,7 +313,7 @@ def _regularized_newton(
         *,
         value_fn: ValueFn,
         value: chex.Numeric | None = None,
-        curvature_fn: ValueFn | None = None,
+        curvature_value_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, RegularizedNewtonState]:
         del extra_args  # those of the other links in a chain
@@ -325,7 +325,7 @@ def _regularized_newton(
         shape_state = shape.update(shape_state, gradient)
         metric = Metric(lambda v: shape.apply(shape_state, v), lambda v: shape.inverse(shape_state, v))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        found = solver(curvature(curvature_fn or value_fn, params), gradient, metric, state.size, key)
+        found = solver(curvature(curvature_value_fn or value_fn, params), gradient, metric, state.size, key)
         _raise_if_indefinite(found.stop)
         usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~watch.refused
 
@@ -419,7 +419,7 @@ def _rounding(slopes: PyTree, numbers: PyTree) -> jax.Array | float:
 
 def _raise_if_indefinite(stop: jax.Array) -> None:
     """Names a broken shape where values are known, outside of jit; inside, the step is rejected."""
-    if not isinstance(stop, Tracer) and stop == Stop.INDEFINITE_SHAPE:
+    if not isinstance(stop, Tracer) and stop == Stop.INDEFINITE_NORM:
         raise ValueError(
             "The shape is not positive definite: its inverse or its apply gave a vector a negative squared norm. "
             "Raise its eps, or check its update."

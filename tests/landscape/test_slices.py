@@ -161,7 +161,7 @@ def test_settled_statistics_are_those_of_the_data(momentum):
     @jax.jit
     def settle(statistics):
         update = lambda s: norm.apply({**variables, "batch_stats": s}, x, mutable="batch_stats")[1]["batch_stats"]  # noqa: E731
-        return optcurv.settled_statistics(update, statistics)
+        return optcurv.recomputed_batch_stats(update, statistics)
 
     settled = settle(variables["batch_stats"])
     np.testing.assert_allclose(settled["mean"], np.mean(x, axis=0), rtol=1e-4)
@@ -170,7 +170,7 @@ def test_settled_statistics_are_those_of_the_data(momentum):
 
 def test_settling_keeps_the_digits_of_large_statistics():
     statistics = jnp.geomspace(1.0, 1e4, 50)
-    settled = jax.jit(lambda s: optcurv.settled_statistics(lambda s: 0.99 * s + 0.01 * statistics, s))(statistics)
+    settled = jax.jit(lambda s: optcurv.recomputed_batch_stats(lambda s: 0.99 * s + 0.01 * statistics, s))(statistics)
     np.testing.assert_allclose(settled, statistics, rtol=2e-5)
 
 

@@ -336,7 +336,7 @@ def check_that_it_follows(case, search):
     @jax.jit
     def step(params, state):
         value, grad = value_and_grad(params, state=state)
-        extra_args = {"value": value, "grad": grad, "value_fn": loss, "curvature_fn": loss, "monitored_value": value}
+        extra_args = {"value": value, "grad": grad, "value_fn": loss, "curvature_value_fn": loss, "monitored_value": value}
         updates, state = optimizer.update(grad, state, params, **extra_args)
         return optax.apply_updates(params, updates), state, value
 
@@ -380,7 +380,7 @@ def test_unknown_extra_arguments_and_auxiliary_outputs_are_ignored(case):
 def test_curvature_closure_matters_only_to_curvature_methods(case):
     optimizer, params, loss = case.make(), problems.regression_params(), problems.regression_loss(problems.blobs())
     steeper = optcurv.Composite(loss.model_fn, lambda outputs: 1000 * loss.loss_fn(outputs))
-    plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_fn=steeper)
+    plain, other = update_on(optimizer, params, loss), update_on(optimizer, params, loss, curvature_value_fn=steeper)
     assert np.allclose(ravel_pytree(plain)[0], ravel_pytree(other)[0]) != case.curvature
 
 

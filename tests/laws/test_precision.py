@@ -74,7 +74,7 @@ def test_minres_bears_rough_products():
         assert np.isfinite(info.residual_norm)
 
 
-@pytest.mark.parametrize("solver", [optcurv.steihaug(max_iter=60, tol=1e-3), optcurv.lanczos(20)])
+@pytest.mark.parametrize("solver", [optcurv.steihaug(max_iter=60, tol=1e-3), optcurv.gltr(20)])
 @pytest.mark.parametrize("radius", [0.1, 100.0])
 def test_trust_region_solvers_bear_rough_products(solver, radius):
     metric = optcurv.Metric(lambda v: v, lambda v: v)

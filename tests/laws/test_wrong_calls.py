@@ -74,7 +74,7 @@ CONSTRUCTORS = [
         TypeError,
         "curvature must be a function of",
     ),
-    Wrong("edf-krylov-dim-fraction", lambda: optcurv.edf(1.0, 2.5), TypeError, "krylov_dim must be a Python int"),
+    Wrong("edf-krylov-dim-fraction", lambda: optcurv.edf(1.0, 2.5), TypeError, "max_iter must be a Python int"),
     Wrong("edf-damping-negative", lambda: optcurv.edf(1.0, damping_scale=-1.0), ValueError, "damping_scale must be"),
     Wrong("edf-acceleration", lambda: optcurv.edf(1.0, acceleration="W2"), ValueError, "acceleration must be None"),
     Wrong(
@@ -92,9 +92,9 @@ CONSTRUCTORS = [
     Wrong("trust-region-solver-name", lambda: optcurv.trust_region(solver="steihaug"), TypeError, "solver must be"),
     Wrong(
         "trust-region-shape-not-made",
-        lambda: optcurv.trust_region(shape=optcurv.rmsprop_shape),
+        lambda: optcurv.trust_region(shape=optcurv.rmsprop_norm),
         TypeError,
-        r"shape must be an optcurv\.Shape like optcurv\.rmsprop_shape\(\)",
+        r"shape must be an optcurv\.Shape like optcurv\.rmsprop_norm\(\)",
     ),
     Wrong(
         "trust-region-curvature-name", lambda: optcurv.trust_region(curvature="hessian"), TypeError, "curvature must be"
@@ -109,8 +109,8 @@ CONSTRUCTORS = [
         "cubic-shape-a-number", lambda: optcurv.adaptive_cubic(shape=1.0), TypeError, r"shape must be an optcurv\.Shape"
     ),
     Wrong("steihaug-tol-string", lambda: optcurv.steihaug(tol="0.1"), TypeError, "tol must be a number"),
-    Wrong("lanczos-no-product", lambda: optcurv.lanczos(0), ValueError, "max_iter must be at least 1"),
-    Wrong("shape-eps-schedule", lambda: optcurv.rmsprop_shape(eps=lambda n: 0.1), TypeError, "eps must be a number"),
+    Wrong("lanczos-no-product", lambda: optcurv.gltr(0), ValueError, "max_iter must be at least 1"),
+    Wrong("shape-eps-schedule", lambda: optcurv.rmsprop_norm(eps=lambda n: 0.1), TypeError, "eps must be a number"),
     Wrong("pal-momentum-schedule", lambda: optcurv.pal(momentum=lambda n: 0.4), TypeError, "momentum must be a number"),
     Wrong("pal-step-zero", lambda: optcurv.pal(0.0), ValueError, "measuring_step must be finite, > 0"),
     Wrong(
@@ -279,7 +279,7 @@ UPDATES = [
         TypeError,
         r"value_fn must be a function of \(params\), with the batch in its closure.*missing a required argument",
     ),
-    Wrong("curvature-loss-a-batch", replaced(curvature_fn=problems.blobs()), TypeError, "curvature_fn must be a func"),
+    Wrong("curvature-loss-a-batch", replaced(curvature_value_fn=problems.blobs()), TypeError, "curvature_value_fn must be a func"),
     Wrong("value-with-aux", replaced(value=(jnp.ones(()), {})), TypeError, "value must be .*pass the loss alone"),
     Wrong("value-per-example", replaced(value=jnp.ones(32)), TypeError, r"value must be .*float32\(32,\)"),
     Wrong("value-complex", replaced(value=1j), TypeError, "value must be the loss, a real scalar"),

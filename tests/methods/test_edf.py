@@ -44,17 +44,17 @@ def dense_system(curvature):
         return np.asarray(gradient), dense_curvature(curvature, loss, params)
 
 
-@pytest.mark.parametrize("krylov_dim", [1, 4])
+@pytest.mark.parametrize("max_iter", [1, 4])
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)])
-def test_update_equals_scipys_minres_on_the_dense_matrix(dtype, tolerance, curvature, krylov_dim):
+def test_update_equals_scipys_minres_on_the_dense_matrix(dtype, tolerance, curvature, max_iter):
     gradient, matrix = dense_system(curvature)
     damping = 0.5 * np.linalg.norm(gradient) ** 1.5
     matrix = matrix + damping * np.eye(gradient.size)
-    expected, _ = scipy.sparse.linalg.minres(matrix, gradient, maxiter=krylov_dim, rtol=1e-15)
+    expected, _ = scipy.sparse.linalg.minres(matrix, gradient, maxiter=max_iter, rtol=1e-15)
     with jax.enable_x64(dtype == jnp.float64):
         params, loss = problems.network_params(dtype=dtype), problems.network_loss(problems.blobs(dtype=dtype))
-        optimizer = optcurv.scale_by_edf(krylov_dim, curvature=curvature, damping_scale=0.5, damping_power=1.5)
+        optimizer = optcurv.scale_by_edf(max_iter, curvature=curvature, damping_scale=0.5, damping_power=1.5)
         update = jax.jit(lambda state, params: optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss))
         updates, state = update(optimizer.init(params), params)
         actual = np.asarray(ravel_pytree(updates)[0], np.float64)
@@ -63,7 +63,7 @@ def test_update_equals_scipys_minres_on_the_dense_matrix(dtype, tolerance, curva
     np.testing.assert_allclose(state.info.residual_norm, np.linalg.norm(matrix @ expected - gradient), rtol=1e-4)
     cosine = gradient @ expected / np.linalg.norm(gradient) / np.linalg.norm(expected)
     np.testing.assert_allclose(state.info.cosine, cosine, rtol=1e-5)
-    assert state.info.num_steps == krylov_dim
+    assert state.info.num_steps == max_iter
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -148,8 +148,8 @@ def test_strong_damping_gives_the_scaled_gradient():
 def test_larger_order_is_faster_on_the_full_batch():
     params, loss = problems.network_params(), problems.network_loss(problems.blobs(size=64))
     finals = []
-    for krylov_dim in (1, 3, 8):
-        path, _ = run(optcurv.edf(1.0, krylov_dim, damping_scale=0.1, acceleration="nesterov"), params, loss, 10)
+    for max_iter in (1, 3, 8):
+        path, _ = run(optcurv.edf(1.0, max_iter, damping_scale=0.1, acceleration="nesterov"), params, loss, 10)
         finals.append(float(loss(path[-1])))
     assert finals[0] > 1.05 * finals[1] > 1.05**2 * finals[2]
 
@@ -280,15 +280,15 @@ def test_curvature_closure_replaces_the_loss_in_the_products_only():
     optimizer = optcurv.scale_by_edf(2, damping_scale=0.0)
     grads = jax.grad(loss)(params)
     full, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
-    half, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss, curvature_fn=double)
+    half, _ = optimizer.update(grads, optimizer.init(params), params, value_fn=loss, curvature_value_fn=double)
     jax.tree.map(lambda f, h: np.testing.assert_allclose(f, 2 * h, rtol=1e-3, atol=1e-6), full, half)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "name"),
     [
-        (lambda: optcurv.scale_by_edf(0), ValueError, "krylov_dim"),
-        (lambda: optcurv.scale_by_edf(1.5), TypeError, "krylov_dim"),
+        (lambda: optcurv.scale_by_edf(0), ValueError, "max_iter"),
+        (lambda: optcurv.scale_by_edf(1.5), TypeError, "max_iter"),
         (lambda: optcurv.scale_by_edf(damping_scale=-1.0), ValueError, "damping_scale"),
         (lambda: optcurv.scale_by_edf(damping_scale="1"), TypeError, "damping_scale"),
         (lambda: optcurv.scale_by_edf(damping_power=-0.5), ValueError, "damping_power"),

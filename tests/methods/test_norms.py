@@ -37,22 +37,22 @@ def root_of_diagonal(matrix):
 
 
 SHAPES = {
-    "uniform": (optcurv.uniform_shape(), lambda g: np.eye(7)),
-    "adagrad": (optcurv.adagrad_shape(EPS), lambda g: root_of_diagonal(sum(outer_products(g)) + EPS * np.eye(7))),
+    "uniform": (optcurv.uniform_norm(), lambda g: np.eye(7)),
+    "adagrad": (optcurv.adagrad_norm(EPS), lambda g: root_of_diagonal(sum(outer_products(g)) + EPS * np.eye(7))),
     "rmsprop": (
-        optcurv.rmsprop_shape(0.8, EPS),
+        optcurv.rmsprop_norm(0.8, EPS),
         lambda g: root_of_diagonal(discounted(outer_products(g)) + EPS * np.eye(7)),
     ),
     "rmsprop-as-printed": (
-        optcurv.rmsprop_shape(0.8, EPS, power=1.0),
+        optcurv.rmsprop_norm(0.8, EPS, power=1.0),
         lambda g: np.diag(np.diag(discounted(outer_products(g)) + EPS * np.eye(7))),
     ),
     "full-adagrad": (
-        optcurv.full_matrix_shape(eps=EPS),
+        optcurv.full_matrix_norm(eps=EPS),
         lambda g: scipy.linalg.sqrtm(sum(outer_products(g)) + EPS * np.eye(7)),
     ),
     "full-rmsprop": (
-        optcurv.full_matrix_shape(decay=0.8, eps=EPS),
+        optcurv.full_matrix_norm(decay=0.8, eps=EPS),
         lambda g: scipy.linalg.sqrtm(discounted(outer_products(g)) + EPS * np.eye(7)),
     ),
 }
@@ -91,9 +91,9 @@ def test_lemma_1(shape, dense):
 @pytest.mark.parametrize(
     ("shape", "first_order"),
     [
-        (optcurv.rmsprop_shape(decay=0.8, eps=EPS), optax.scale_by_rms(decay=0.8, eps=EPS)),
-        (optcurv.adagrad_shape(eps=EPS), optax.scale_by_rss(initial_accumulator_value=0.0, eps=EPS)),
-        (optcurv.uniform_shape(), optax.identity()),
+        (optcurv.rmsprop_norm(decay=0.8, eps=EPS), optax.scale_by_rms(decay=0.8, eps=EPS)),
+        (optcurv.adagrad_norm(eps=EPS), optax.scale_by_rss(initial_accumulator_value=0.0, eps=EPS)),
+        (optcurv.uniform_norm(), optax.identity()),
     ],
     ids=["rmsprop", "adagrad", "uniform"],
 )
@@ -113,14 +113,14 @@ def test_trust_region_of_a_linear_model_is_the_first_order_method(shape, first_o
 
 def test_epsilon_does_not_decay():
     """Lemma 2: the axes stay bounded however long the gradient is zero."""
-    shape = optcurv.rmsprop_shape(eps=1e-6)
+    shape = optcurv.rmsprop_norm(eps=1e-6)
     state, zero = shape.init(jnp.zeros(2)), jnp.zeros(2)
     for _ in range(50):
         state = shape.update(state, zero)
     np.testing.assert_allclose(shape.inverse(state, jnp.ones(2)), 1e3)
 
 
-@pytest.mark.parametrize("make", [optcurv.adagrad_shape, optcurv.rmsprop_shape])
+@pytest.mark.parametrize("make", [optcurv.adagrad_norm, optcurv.rmsprop_norm])
 def test_a_gradient_whose_square_overflows_shuts_no_coordinate(make):
     shape, gradient = make(), jnp.full(2, 1e30, jnp.float32)
     state = shape.update(shape.init(gradient), gradient)
@@ -130,7 +130,7 @@ def test_a_gradient_whose_square_overflows_shuts_no_coordinate(make):
 @pytest.mark.parametrize("decay", [None, 0.8])
 def test_rounding_of_the_gradients_moves_the_full_matrix_little(decay):
     """In float32 the eigenvalues that are zero come out as rounding; a power of them plus a small ε would be noise."""
-    rng, shape = np.random.default_rng(0), optcurv.full_matrix_shape(decay=decay)
+    rng, shape = np.random.default_rng(0), optcurv.full_matrix_norm(decay=decay)
     exact = rng.normal(size=(3, 20)).astype(np.float32)
     rounded = exact * (1 + 1.2e-7 * rng.choice([-1, 1], exact.shape)).astype(np.float32)
     inverses = []
@@ -143,12 +143,12 @@ def test_rounding_of_the_gradients_moves_the_full_matrix_little(decay):
 
 
 def test_size_limit_of_the_full_matrix_names_the_size():
-    with pytest.raises(ValueError, match=r"2049×2049.*max_size of 2048.*rmsprop_shape"):
-        optcurv.full_matrix_shape().init(jnp.zeros(2049))
-    optcurv.full_matrix_shape(max_size=2).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"2049×2049.*max_size of 2048.*rmsprop_norm"):
+        optcurv.full_matrix_norm().init(jnp.zeros(2049))
+    optcurv.full_matrix_norm(max_size=2).init(jnp.zeros(2))
 
 
-@pytest.mark.parametrize("make", [optcurv.adagrad_shape, optcurv.rmsprop_shape, optcurv.full_matrix_shape])
+@pytest.mark.parametrize("make", [optcurv.adagrad_norm, optcurv.rmsprop_norm, optcurv.full_matrix_norm])
 @pytest.mark.parametrize("bad", [{"eps": 0.0}, {"eps": -1.0}, {"power": 0.0}, {"eps": float("nan")}])
 def test_bad_numbers(make, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -157,8 +157,8 @@ def test_bad_numbers(make, bad):
 
 def test_bad_decay_and_size():
     with pytest.raises(ValueError, match="decay"):
-        optcurv.rmsprop_shape(decay=1.5)
+        optcurv.rmsprop_norm(decay=1.5)
     with pytest.raises(ValueError, match="decay"):
-        optcurv.full_matrix_shape(decay=-0.1)
+        optcurv.full_matrix_norm(decay=-0.1)
     with pytest.raises(TypeError, match="max_size"):
-        optcurv.full_matrix_shape(max_size=10.0)
+        optcurv.full_matrix_norm(max_size=10.0)

@@ -55,8 +55,8 @@ def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
 @pytest.mark.parametrize(
     ("shape", "ellipsoid"),
     [
-        (optcurv.uniform_shape(), lambda average: np.eye(average.size)),
-        (optcurv.rmsprop_shape(eps=1e-4), lambda average: np.diag(np.sqrt(average + 1e-4))),
+        (optcurv.uniform_norm(), lambda average: np.eye(average.size)),
+        (optcurv.rmsprop_norm(eps=1e-4), lambda average: np.diag(np.sqrt(average + 1e-4))),
     ],
     ids=["uniform", "rmsprop"],
 )
@@ -89,7 +89,7 @@ def loss_of_ratio(ratio):
 def test_radius_rule(ratio, accepted, radius):
     rule = {"initial_radius": 0.5, "accept_ratio": 0.1, "grow_ratio": 0.9, "growth": 1.2, "shrinkage": 2.0}
     flat = lambda loss, params: jnp.zeros_like  # noqa: E731
-    optimizer = optcurv.trust_region(shape=optcurv.uniform_shape(), curvature=flat, **rule)
+    optimizer = optcurv.trust_region(shape=optcurv.uniform_norm(), curvature=flat, **rule)
     w = jnp.asarray(1.0)
     state = optimizer.init(w)
     update, new = optimizer.update(jnp.ones(()), state, w, value=w, value_fn=loss_of_ratio(ratio))
@@ -104,7 +104,7 @@ def test_radius_rule(ratio, accepted, radius):
 @pytest.mark.parametrize(("ratio", "weight"), [(1.5, 2.0), (0.5, 4.0), (-1.0, 12.0), (np.nan, 12.0)])
 def test_weight_rule_of_the_cubic(ratio, weight):
     optimizer = optcurv.adaptive_cubic(
-        shape=optcurv.uniform_shape(),
+        shape=optcurv.uniform_norm(),
         curvature=lambda loss, params: jnp.zeros_like,
         initial_weight=4.0,
         shrinkage=2.0,
@@ -155,8 +155,8 @@ def test_from_a_strict_saddle_lanczos_escapes_and_steihaug_stays():
     start = jnp.zeros(3)
     for optimizer, escapes in (
         (optcurv.trust_region(), False),
-        (optcurv.trust_region(solver=optcurv.lanczos(3)), True),
-        (optcurv.adaptive_cubic(shape=optcurv.uniform_shape(), max_iter=3), True),
+        (optcurv.trust_region(solver=optcurv.gltr(3)), True),
+        (optcurv.adaptive_cubic(shape=optcurv.uniform_norm(), max_iter=3), True),
     ):
         step, w, state = step_on(optimizer, saddle), start, optimizer.init(start)
         for _ in range(60):
@@ -174,7 +174,7 @@ def test_random_vectors_come_from_the_seed_and_the_step():
         return -w @ w
 
     def first_updates(seed):
-        optimizer = optcurv.trust_region(shape=optcurv.uniform_shape(), solver=optcurv.lanczos(3), seed=seed)
+        optimizer = optcurv.trust_region(shape=optcurv.uniform_norm(), solver=optcurv.gltr(3), seed=seed)
         w = jnp.zeros(3)
         update = jax.jit(lambda state: optimizer.update(w, state, w, value_fn=maximum))
         updates, state = update(optimizer.init(w))
@@ -192,7 +192,7 @@ def test_random_vectors_come_from_the_seed_and_the_step():
 METHODS = {
     "gauss-newton": lambda: optcurv.trust_region(curvature=optcurv.gauss_newton_product),
     "hessian": optcurv.trust_region,
-    "lanczos": lambda: optcurv.trust_region(solver=optcurv.lanczos()),
+    "lanczos": lambda: optcurv.trust_region(solver=optcurv.gltr()),
     "cubic": optcurv.adaptive_cubic,
 }
 every_regularization = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
@@ -245,7 +245,7 @@ def test_a_small_decrease_is_taken_from_the_slopes():
     loss = lambda w: 1e3 + 0.5 * 1e-6 * w**2  # noqa: E731
     for guessed_curvature, ratio in ((1e-6, 1.0), (0.4e-6, -0.5)):
         optimizer = optcurv.trust_region(
-            shape=optcurv.uniform_shape(),
+            shape=optcurv.uniform_norm(),
             initial_radius=10.0,
             curvature=lambda loss, params, c=guessed_curvature: lambda v: c * v,
         )
@@ -257,10 +257,10 @@ def test_a_small_decrease_is_taken_from_the_slopes():
 @pytest.mark.parametrize(
     "shape",
     [
-        optcurv.adagrad_shape(),
-        optcurv.rmsprop_shape(),
-        optcurv.full_matrix_shape(),
-        optcurv.full_matrix_shape(decay=0.8),
+        optcurv.adagrad_norm(),
+        optcurv.rmsprop_norm(),
+        optcurv.full_matrix_norm(),
+        optcurv.full_matrix_norm(decay=0.8),
     ],
     ids=["adagrad", "rmsprop", "full-adagrad", "full-rmsprop"],
 )
@@ -303,9 +303,9 @@ def test_nothing_changes_where_the_loss_is_not_finite_to_begin_with(make):
         jax.tree.map(np.testing.assert_array_equal, (new.size, new.shape), (state.size, state.shape))
 
 
-@pytest.mark.parametrize("solver", [optcurv.steihaug(), optcurv.lanczos(2)])
+@pytest.mark.parametrize("solver", [optcurv.steihaug(), optcurv.gltr(2)])
 def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solver):
-    shape = optcurv.uniform_shape()._replace(inverse=lambda state, v: -v)
+    shape = optcurv.uniform_norm()._replace(inverse=lambda state, v: -v)
     optimizer, w = optcurv.trust_region(shape=shape, solver=solver), jnp.ones(3)
     loss = lambda w: jnp.sum(w**2)  # noqa: E731
     state = optimizer.init(w)
@@ -313,7 +313,7 @@ def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solv
         optimizer.update(w, state, w, value_fn=loss)
     new_w, new_state = step_on(optimizer, loss)(w, state)
     np.testing.assert_array_equal(new_w, w)
-    assert new_state.info.stop == Stop.INDEFINITE_SHAPE
+    assert new_state.info.stop == Stop.INDEFINITE_NORM
     assert new_state.size < state.size
 
 
@@ -359,7 +359,7 @@ def test_bad_options_of_the_cubic(options, error, message):
 
 def test_full_matrix_shape_refuses_a_network_too_large():
     with pytest.raises(ValueError, match="2500×2500"):
-        optcurv.trust_region(shape=optcurv.full_matrix_shape()).init(jnp.zeros((50, 50)))
+        optcurv.trust_region(shape=optcurv.full_matrix_norm()).init(jnp.zeros((50, 50)))
 
 
 @pytest.mark.parametrize(

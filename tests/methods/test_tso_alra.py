@@ -206,9 +206,9 @@ def test_root_of_the_factors_keeps_the_length_in_the_fishers_norm():
 # Choices.
 
 
-def first_update(params, loss, curvature_fn=None, **options):
+def first_update(params, loss, curvature_value_fn=None, **options):
     optimizer = optcurv.scale_by_kronecker(**options)
-    extra = {} if curvature_fn is None else {"curvature_fn": curvature_fn}
+    extra = {} if curvature_value_fn is None else {"curvature_value_fn": curvature_value_fn}
 
     @jax.jit
     def update(params):
@@ -239,7 +239,7 @@ def test_sampled_labels_give_the_true_fisher_matrix():
     model_fn = lambda p: x @ p["kernel"] + p["bias"]  # noqa: E731
     wrong = jnp.argmin(model_fn(params), axis=1)
     loss = optcurv.Composite(model_fn, lambda logits: problems.cross_entropy(logits, wrong))
-    _, state = first_update(params, loss, labels=optcurv.sample_categorical)
+    _, state = first_update(params, loss, labels=optcurv.sample_categorical_gradients)
     p = jax.nn.softmax(model_fn(params))
     expected = jnp.mean(jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(p), axis=0)
     actual = state.factors["['kernel']"][1][0] / state.weight
@@ -250,14 +250,14 @@ def test_sampled_labels_give_the_true_fisher_matrix():
 
 def test_sampled_gaussians_have_the_identity_for_fisher_matrix():
     params, loss_of, _ = two_layers(num_examples=5000)
-    _, state = first_update(params, loss_of(0), labels=optcurv.sample_gaussian)
+    _, state = first_update(params, loss_of(0), labels=optcurv.sample_gaussian_gradients)
     np.testing.assert_allclose(state.factors["['b']['kernel']"][1][0] / state.weight, np.eye(2), atol=0.1)
 
 
 def test_drawn_labels_need_a_composite():
     params, loss = unit_problem()
     with pytest.raises(TypeError, match=r"optcurv\.Composite"):
-        first_update(params, loss, labels=optcurv.sample_categorical)
+        first_update(params, loss, labels=optcurv.sample_categorical_gradients)
 
 
 def test_given_layers_make_the_state_for_any_kernel():
@@ -274,7 +274,7 @@ def test_given_layers_make_the_state_for_any_kernel():
 
 @pytest.mark.parametrize(
     ("options", "exponent"),
-    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "labels": optcurv.sample_gaussian}, 1)],
+    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "labels": optcurv.sample_gaussian_gradients}, 1)],
     ids=["root", "inverse", "labels drawn"],
 )
 def test_a_loss_c_times_as_large(options, exponent):
@@ -417,7 +417,7 @@ def test_factors_are_averaged_at_early_steps_and_every_so_many():
 def test_curvature_closure_gives_the_factors():
     params, loss_of, _ = two_layers()
     _, expected = first_update(params, loss_of(1))
-    _, state = first_update(params, loss_of(0), curvature_fn=loss_of(1))
+    _, state = first_update(params, loss_of(0), curvature_value_fn=loss_of(1))
     jax.tree.map(np.testing.assert_array_equal, state.factors, expected.factors)
 
 
