@@ -17,7 +17,7 @@ from benchmarks.methods import GRADIENT_DESCENT, Method
 from benchmarks.models import Batch, Task
 from benchmarks.training import init_state, train_step
 from optcurv.arguments import PyTree
-from optcurv.curvature import ProductFn, MatVec
+from optcurv.curvature import MatVec, ProductFn
 
 CURVATURES = {"Gauss-Newton": optcurv.gauss_newton_product, "Hessian": optcurv.hessian_product}
 NUM_COMPILES = 3

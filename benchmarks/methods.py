@@ -37,9 +37,7 @@ def _pal(measuring_step: float | jax.Array) -> optax.GradientTransformation:
 
 def _full_batch_edf(max_iter: int, damping_scale: float = 1.0) -> Method:
     """EDF-G as recommended for full batches, damped and accelerated by W2; as published it is undamped."""
-    optimizer = functools.partial(
-        optcurv.edf, max_iter=max_iter, damping_scale=damping_scale, acceleration="nesterov"
-    )
+    optimizer = functools.partial(optcurv.edf, max_iter=max_iter, damping_scale=damping_scale, acceleration="nesterov")
     name = f"EDF-G k={max_iter}, W2" + (", undamped" if damping_scale == 0 else "")
     return Method(name, optimizer, "learning rate", _FULL_BATCH_GRID, 1 + 4 * max_iter / 3)
 

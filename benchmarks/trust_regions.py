@@ -31,9 +31,9 @@ COMPETITIVE = 1.25
 _LONGEST_CHUNK = 16  # steps taken before their costs are fetched
 
 
-def _trust_region(shape: optcurv.Norm) -> Callable[..., optax.GradientTransformationExtraArgs]:
+def _trust_region(norm: optcurv.Norm) -> Callable[..., optax.GradientTransformationExtraArgs]:
     def optimizer(initial_radius: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-        return optcurv.trust_region(shape=shape, initial_radius=initial_radius)
+        return optcurv.trust_region(norm=norm, initial_radius=initial_radius)
 
     return optimizer
 

@@ -29,10 +29,10 @@ from optcurv.landscape.spectra import (
 from optcurv.losses import softmax_cross_entropy_with_integer_labels
 from optcurv.masking import masked
 from optcurv.methods.edf import edf, scale_by_edf, scale_by_nesterov_flow
-from optcurv.methods.norms import Shape, adagrad_norm, full_matrix_norm, rmsprop_norm, uniform_norm
+from optcurv.methods.norms import Norm, adagrad_norm, full_matrix_norm, rmsprop_norm, uniform_norm
 from optcurv.methods.pal import pal, scale_by_parabolic_linesearch
 from optcurv.methods.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
-from optcurv.methods.subproblems import Stop, lanczos, steihaug
+from optcurv.methods.subproblems import Stop, gltr, steihaug
 from optcurv.methods.switching import SwitchRule, on_plateau, switch
 from optcurv.methods.trust_region import adaptive_cubic, trust_region
 from optcurv.methods.tso_alra import tso_alra
@@ -51,7 +51,7 @@ __all__ = [
     "RK4",
     "Composite",
     "Metric",
-    "Shape",
+    "Norm",
     "Stop",
     "Structure",
     "SwitchRule",
@@ -71,11 +71,11 @@ __all__ = [
     "full_matrix_norm",
     "functional_distance",
     "gauss_newton_product",
+    "gltr",
     "hessian_product",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "label_disagreement",
-    "lanczos",
     "layers",
     "leading_eigenpairs",
     "least_squares_diagonal_mass",

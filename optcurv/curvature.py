@@ -71,7 +71,9 @@ class Composite:
         `nnx.value_and_grad` differentiates no function with such arguments.
         """
         if curvature_value_fn is not None:  # as in loss(params, batch)
-            check_function("curvature_value_fn", curvature_value_fn, "params", "and the loss has the batch in its closure")
+            check_function(
+                "curvature_value_fn", curvature_value_fn, "params", "and the loss has the batch in its closure"
+            )
         del monitored_value
         outputs, aux = self.outputs_and_aux(params)
         value = self.loss_of_outputs(outputs)

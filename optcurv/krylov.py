@@ -17,18 +17,18 @@ class MinresInfo(NamedTuple):
 
     Attributes:
       residual_norm: :math:`\|b - (A + \lambda I) x\|`, from the recurrence.
-      num_steps: steps that changed the solution; fewer than asked for where it converged.
+      iterations: steps that changed the solution; fewer than asked for where it converged.
       negative_curvature: whether a vector of the Krylov space met has :math:`v^\top (A + \lambda I) v < 0`.
       first_step: the number c for which c b is the solution after one step.
     """
 
     residual_norm: jax.Array
-    num_steps: jax.Array
+    iterations: jax.Array
     negative_curvature: jax.Array
     first_step: jax.Array
 
 
-def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0.0) -> tuple[PyTree, MinresInfo]:
+def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.0) -> tuple[PyTree, MinresInfo]:
     r"""Minimises :math:`\|(A + \lambda I) x - b\|` over the Krylov space of order k, for symmetric A.
 
     The short recurrence of Paige and Saunders (1975) from zero; Algorithm 1 of the EDF paper with its misprint
@@ -42,29 +42,29 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
     Further steps would only lead away: on a singular A to 10⁶ times the length of the pseudo-inverse's solution.
 
     The steps are unrolled: they are few as a rule, and an operator's convolutions stay as fast as they are outside of
-    loops even where it does not come from `optcurv.curvature`. Compile time grows in proportion to `num_steps`.
+    loops even where it does not come from `optcurv.curvature`. Compile time grows in proportion to `max_iter`.
 
     Args:
       matvec: the product :math:`v \mapsto A v`; must return the structure of `b`.
       b: the right-hand side, any pytree of real arrays.
-      num_steps: the order k of the Krylov space, at least 1; each step takes one product.
+      max_iter: the order k of the Krylov space, at least 1; each step takes one product.
       shift: :math:`\lambda`, any real scalar; default 0.
 
     Returns:
       The solution, of the structure of `b`, in the dtype of the recurrence; and a `MinresInfo`.
 
     Raises:
-      ValueError: if `num_steps` is below 1.
-      TypeError: if `num_steps` is not a Python int.
+      ValueError: if `max_iter` is below 1.
+      TypeError: if `max_iter` is not a Python int.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
       >>> a, b = jnp.array([[2.0, 1.0], [1.0, -3.0]]), jnp.array([3.0, -2.0])
-      >>> x, info = optcurv.minres(lambda v: a @ v, b, num_steps=2)
-      >>> print(x.round(4), info.num_steps)
+      >>> x, info = optcurv.minres(lambda v: a @ v, b, max_iter=2)
+      >>> print(x.round(4), info.iterations)
       [1. 1.] 2
     """
-    check_count("num_steps", num_steps)
+    check_count("max_iter", max_iter)
     b = at_least_float32(b)
     norm = beta = optax.tree.norm(b)
     epsilon = jnp.finfo(beta.dtype).eps
@@ -78,7 +78,7 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
     steps_used = jnp.zeros((), jnp.int32)
     done = negative = jnp.zeros((), bool)
 
-    for number in range(num_steps):
+    for number in range(max_iter):
         # Lanczos: beta = 0 makes v zero, and with it all that follows in this loop.
         v = optax.tree.scale(inverse(beta), u)
         u = optax.tree.add_scale(matvec(v), shift, v)

@@ -42,9 +42,7 @@ class Case:
         return self.factory(**self.options)
 
 
-def edf_case(
-    name: str, max_iter: int, *, needs_composite: bool = True, variant: bool = False, **options: Any
-) -> Case:
+def edf_case(name: str, max_iter: int, *, needs_composite: bool = True, variant: bool = False, **options: Any) -> Case:
     return Case(
         name=name,
         factory=optcurv.edf,
@@ -61,7 +59,7 @@ def trust_region_case(name: str, *, needs_composite: bool = False, variant: bool
         name=name,
         factory=optcurv.trust_region,
         options={"initial_radius": 0.3, **options},
-        static=("shape", "solver", "curvature", "seed"),
+        static=("norm", "solver", "curvature", "seed"),
         needs_composite=needs_composite,
         curvature=True,
         variant=variant,
@@ -105,7 +103,7 @@ CASES = [
     trust_region_case("trust-region", variant=False),
     trust_region_case(
         "trust-region-full-matrix-gauss-newton",
-        shape=optcurv.full_matrix_norm(decay=0.8, eps=1e-2),
+        norm=optcurv.full_matrix_norm(decay=0.8, eps=1e-2),
         curvature=optcurv.gauss_newton_product,
         initial_radius=1.0,
         needs_composite=True,
@@ -113,8 +111,8 @@ CASES = [
     Case(
         "adaptive-cubic",
         optcurv.adaptive_cubic,
-        {"shape": optcurv.uniform_norm(), "max_iter": 6},
-        static=("shape", "max_iter", "curvature", "seed"),
+        {"norm": optcurv.uniform_norm(), "max_iter": 6},
+        static=("norm", "max_iter", "curvature", "seed"),
         curvature=True,
         moves_without_gradient=True,
     ),

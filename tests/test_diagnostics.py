@@ -6,8 +6,9 @@ import pytest
 import optcurv
 from tests import problems
 
-EDF_KEYS = {f"edf/{field}" for field in ("damping", "residual_norm", "num_steps", "cosine", "finite")}
-PAL_KEYS = {f"pal/{field}" for field in ("slope", "curvature", "step", "case")}
+EDF_FIELDS = ("damping", "residual_norm", "iterations", "cosine", "negative_curvature", "breakdown", "finite")
+EDF_KEYS = {f"edf/{field}" for field in EDF_FIELDS}
+PAL_KEYS = {f"pal/{field}" for field in ("slope", "curvature", "step", "case", "clipped", "noise")}
 
 
 def everything(params):
@@ -34,7 +35,7 @@ def test_info_is_found_in_any_nesting(nest):
     _, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
     report = optcurv.diagnostics(state)
     assert report.keys() == EDF_KEYS | PAL_KEYS
-    assert report["edf/num_steps"] == 2
+    assert report["edf/iterations"] == 2
     assert report["edf/finite"]
     assert 0 < report["edf/cosine"] <= 1
     assert report["pal/slope"] < 0

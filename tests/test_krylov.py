@@ -73,7 +73,7 @@ def test_minres_is_optimal_over_the_krylov_space(kind, order, seed, dtype, toler
     assert_same_image(a, x, expected, SENSITIVITY[kind] * tolerance * np.linalg.norm(b))
     assert np.linalg.norm(a @ x - b) <= (1 + 5 * tolerance) * np.linalg.norm(a @ expected - b)
     np.testing.assert_allclose(info.residual_norm, np.linalg.norm(a @ x - b), rtol=tolerance)
-    assert info.num_steps == order
+    assert info.iterations == order
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7, -1.3])
@@ -107,7 +107,7 @@ def test_lucky_breakdown_freezes_the_exact_solution(distinct, dtype):
         x, info = solve(a, b, 8, dtype)
     tolerance = 50 * np.finfo(dtype).eps * np.linalg.norm(b)
     np.testing.assert_allclose(x, np.linalg.solve(a, b), rtol=0, atol=tolerance)
-    assert info.num_steps == distinct
+    assert info.iterations == distinct
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -181,10 +181,10 @@ def test_a_step_that_gains_nothing_is_no_end():
 def test_identity_takes_one_step_and_zero_takes_none():
     x, info = optcurv.minres(lambda v: v, jnp.array([3.0, 4.0]), 5)
     np.testing.assert_allclose(x, [3.0, 4.0], rtol=1e-6)
-    assert info.num_steps == 1
+    assert info.iterations == 1
     x, info = optcurv.minres(lambda v: v, jnp.zeros(2), 5)
     np.testing.assert_array_equal(x, 0)
-    assert info.num_steps == 0
+    assert info.iterations == 0
     x, info = optcurv.minres(lambda v: 0 * v, jnp.ones(2), 5)
     np.testing.assert_array_equal(x, 0)
     np.testing.assert_allclose(info.residual_norm, np.sqrt(2), rtol=1e-6)
@@ -204,8 +204,8 @@ def test_not_a_number_is_passed_on():
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)]
+    ("max_iter", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)]
 )
-def test_wrong_number_of_steps(num_steps, error):
-    with pytest.raises(error, match="num_steps"):
-        optcurv.minres(lambda v: v, jnp.ones(2), num_steps)
+def test_wrong_number_of_steps(max_iter, error):
+    with pytest.raises(error, match="max_iter"):
+        optcurv.minres(lambda v: v, jnp.ones(2), max_iter)

@@ -16,7 +16,9 @@ def train(optimizer, params, loss, num_steps=4):
     @jax.jit
     def step(params, state):
         value, grad = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, curvature_value_fn=loss)
+        updates, state = optimizer.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, curvature_value_fn=loss
+        )
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)

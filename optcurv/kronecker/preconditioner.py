@@ -97,7 +97,7 @@ def scale_by_kronecker(
     damping: optax.ScalarOrSchedule = 1e-3,
     absolute_damping: optax.ScalarOrSchedule = 0.0,
     structure: Structure = KRONECKER,
-    labels: OutputGradientSampler | None = None,
+    sampler: OutputGradientSampler | None = None,
     layers: Layers | None = None,
     batch_size: int | None = None,
     rank: int | None = 16,
@@ -126,7 +126,7 @@ def scale_by_kronecker(
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
-    p = -1 a sum over N examples makes the updates N times too short. With `labels` drawn, the factors do not depend on
+    p = -1 a sum over N examples makes the updates N times too short. With a `sampler`, the factors do not depend on
     the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
 
     The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch, for the
@@ -143,9 +143,9 @@ def scale_by_kronecker(
       absolute_damping: likewise; published 1e-6, with no relative one.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
         `optcurv.DIAGONAL`.
-      labels: None (default) takes the labels of the loss, for the empirical Fisher matrix. `optcurv.sample_categorical_gradients`
-        and `optcurv.sample_gaussian_gradients` draw them from the model's predictions, for the true one; the loss must then be a
-        `Composite`.
+      sampler: of gradients at the outputs. None (default) takes the labels of the loss, for the empirical Fisher matrix.
+        `optcurv.sample_categorical_gradients` and `optcurv.sample_gaussian_gradients` draw labels from the model's
+        predictions, for the true one; the loss must then be a `Composite`.
       layers: of the closure, as `optcurv.layers` returns them; the loss must then have these very layers. By default
         every array of more than one axis may be a kernel, whose last axis alone is the output's, as those of dense
         layers and of ungrouped convolutions. The state then holds room for squared gradients of all parameters beside
@@ -201,8 +201,8 @@ def scale_by_kronecker(
         check_count(name, number)
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
-    if labels is not None:
-        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical_gradients")
+    if sampler is not None:
+        check_function("sampler", sampler, "key, outputs", "such as optcurv.sample_categorical_gradients")
     if layers is not None and not isinstance(layers, Layers):
         raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
     if root_sharding is not None:
@@ -238,11 +238,11 @@ def scale_by_kronecker(
     def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
         """Returns the factors of one batch, and the squared gradients that are to be had of other parameters."""
         options = {"batch_size": batch_size, "max_positions": max_positions, "leave_out": leave_out}
-        if labels is None:
+        if sampler is None:
             found, taps, squares = tap(value_fn, params, **options)
         elif isinstance(value_fn, Composite):
-            sampler = labels
-            sample = lambda outputs: sampler(own_key(key, outputs), outputs)  # noqa: E731
+            draw = sampler
+            sample = lambda outputs: draw(own_key(key, outputs), outputs)  # noqa: E731
             found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")

@@ -1,4 +1,4 @@
-"""Labels drawn from a model's own predictions, for its true Fisher matrix."""
+"""Gradients at the outputs for labels drawn from a model's own predictions, for its true Fisher matrix."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -13,7 +13,7 @@ mean negative log-likelihood of labels so drawn."""
 
 
 def sample_categorical_gradients(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws a class from the softmax of each row: the gradient of the mean cross-entropy.
+    """Returns the gradient of the mean cross-entropy for classes drawn from the softmax of each row.
 
     Args:
       key: a random key.
@@ -33,7 +33,7 @@ def sample_categorical_gradients(key: jax.Array, logits: jax.Array) -> jax.Array
 
 
 def sample_gaussian_gradients(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Draws targets with unit variance around the outputs: the gradient of half the mean squared distance.
+    """Returns the gradient of half the mean squared distance to targets drawn around the outputs with unit variance.
 
     Args:
       key: a random key.

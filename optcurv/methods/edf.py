@@ -27,7 +27,7 @@ class EdfInfo(NamedTuple):
     Attributes:
       damping: :math:`\lambda`.
       residual_norm: :math:`\|g - (A + \lambda I) v\|` after the Krylov steps.
-      num_steps: Krylov steps that changed the direction.
+      iterations: Krylov steps that changed the direction.
       cosine: of the angle between the direction and the gradient handed in; negative for an ascent direction, which an
         indefinite Hessian can give.
       negative_curvature: whether the damped matrix has been found to be indefinite. With Gauss-Newton products the loss
@@ -39,7 +39,7 @@ class EdfInfo(NamedTuple):
 
     damping: jax.Array
     residual_norm: jax.Array
-    num_steps: jax.Array
+    iterations: jax.Array
     cosine: jax.Array
     negative_curvature: jax.Array
     breakdown: jax.Array
@@ -146,7 +146,7 @@ def scale_by_edf(
         info = EdfInfo(
             damping=jnp.float32(damping),
             residual_norm=jnp.float32(krylov_info.residual_norm),
-            num_steps=krylov_info.num_steps,
+            iterations=krylov_info.iterations,
             cosine=jnp.float32(cosine),
             negative_curvature=krylov_info.negative_curvature,
             breakdown=breakdown,

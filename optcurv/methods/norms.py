@@ -1,5 +1,6 @@
-"""The shapes of trust regions: norms that adapt to the gradients seen."""
+"""Norms that adapt to the gradients seen: ellipsoids in place of a trust region's ball."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,19 +10,19 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from optcurv.arguments import PyTree, at_least_float32, check_count, check_number
+from optcurv.krylov import Metric
 
 
-class Shape(NamedTuple):
+class Norm(NamedTuple):
     r"""A positive definite matrix M that follows the gradients; it measures steps by :math:`\sqrt{s^\top M s}`.
 
-    Like an optax transformation it is a tuple of pure functions, and any four that fit may be given. Vectors have the
+    Like an optax transformation it is a tuple of pure functions, and any three that fit may be given. Vectors have the
     structure of the parameters and at least float32; M must stay positive definite.
 
     Attributes:
-      init: maps params to the shape's state, a pytree of arrays.
+      init: maps params to the norm's state, a pytree of arrays.
       update: maps `(state, gradient)` to the state after this gradient.
-      apply: maps `(state, v)` to :math:`M v`.
-      inverse: maps `(state, v)` to :math:`M^{-1} v`.
+      at: maps a state to the `optcurv.Metric`, the products with M and :math:`M^{-1}`.
 
     Example:
       A ball of fixed scales, for parameters of which the first is known to move a hundred times as far:
@@ -31,37 +32,34 @@ class Shape(NamedTuple):
       >>> fixed = optcurv.Norm(
       ...     init=lambda params: (),
       ...     update=lambda state, gradient: state,
-      ...     apply=lambda state, v: m * v,
-      ...     inverse=lambda state, v: v / m,
+      ...     at=lambda state: optcurv.Metric(apply=lambda v: m * v, inverse=lambda v: v / m),
       ... )
-      >>> optimizer = optcurv.trust_region(shape=fixed)
+      >>> optimizer = optcurv.trust_region(norm=fixed)
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[Any, PyTree], Any]
-    apply: Callable[[Any, PyTree], PyTree]
-    inverse: Callable[[Any, PyTree], PyTree]
+    at: Callable[[Any], Metric]
 
 
-def uniform_norm() -> Shape:
+def uniform_norm() -> Norm:
     """The ball: M = I, the plain trust region.
 
     Returns:
-      The shape; its state is empty.
+      The norm; its state is empty.
 
     Example:
       >>> import optcurv
-      >>> optimizer = optcurv.trust_region(shape=optcurv.uniform_norm())
+      >>> optimizer = optcurv.trust_region(norm=optcurv.uniform_norm())
     """
-    return Shape(
+    return Norm(
         init=lambda params: (),
         update=lambda state, gradient: state,
-        apply=lambda state, vector: vector,
-        inverse=lambda state, vector: vector,
+        at=lambda state: Metric(lambda v: v, lambda v: v),
     )
 
 
-def adagrad_norm(eps: float = 1e-10, power: float = 0.5) -> Shape:
+def adagrad_norm(eps: float = 1e-10, power: float = 0.5) -> Norm:
     r"""Adagrad's ellipsoid, :math:`M = \mathrm{diag}(v + \epsilon)^p` with :math:`v = \sum_t g_t^2`.
 
     The diagonal of Eq. 2 of "Adaptive norms for deep learning with regularized Newton methods". The power is
@@ -73,22 +71,22 @@ def adagrad_norm(eps: float = 1e-10, power: float = 0.5) -> Shape:
       power: p > 0.
 
     Returns:
-      The shape; its state is v.
+      The norm; its state is v.
 
     Raises:
       ValueError: if a number is not positive.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.adagrad_norm()
-      >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
-      >>> print(shape.apply(state, jnp.ones(2)))
+      >>> norm = optcurv.adagrad_norm()
+      >>> state = norm.update(norm.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
+      >>> print(norm.at(state).apply(jnp.ones(2)))
       [3.  0.5]
     """
-    return _diagonal_shape(lambda v, gradient: v + gradient**2, eps, power)
+    return _diagonal_norm(lambda v, gradient: v + gradient**2, eps, power)
 
 
-def rmsprop_norm(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) -> Shape:
+def rmsprop_norm(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) -> Norm:
     r"""RMSProp's ellipsoid, :math:`M = \mathrm{diag}(v + \epsilon)^p`, :math:`v \leftarrow \beta v + (1 - \beta) g^2`.
 
     The diagonal of Eq. 3 of "Adaptive norms for deep learning with regularized Newton methods", with the present
@@ -101,38 +99,37 @@ def rmsprop_norm(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) -> 
       power: p > 0.
 
     Returns:
-      The shape; its state is v.
+      The norm; its state is v.
 
     Raises:
       ValueError: if a number is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.rmsprop_norm(decay=0.75)
-      >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
-      >>> print(shape.apply(state, jnp.ones(2)))
+      >>> norm = optcurv.rmsprop_norm(decay=0.75)
+      >>> state = norm.update(norm.init(jnp.zeros(2)), jnp.array([3.0, 0.5]))
+      >>> print(norm.at(state).apply(jnp.ones(2)))
       [1.5  0.25]
     """
     check_number("decay", decay, minimum=0.0, maximum=1.0, constant=True)
-    return _diagonal_shape(lambda v, gradient: decay * v + (1 - decay) * gradient**2, eps, power)
+    return _diagonal_norm(lambda v, gradient: decay * v + (1 - decay) * gradient**2, eps, power)
 
 
-def _diagonal_shape(average: Callable[[jax.Array, jax.Array], jax.Array], eps: float, power: float) -> Shape:
+def _diagonal_norm(average: Callable[[jax.Array, jax.Array], jax.Array], eps: float, power: float) -> Norm:
     check_number("eps", eps, minimum=0.0, exclusive=True, constant=True)
     check_number("power", power, minimum=0.0, exclusive=True, constant=True)
 
-    def scaled(v: PyTree, vector: PyTree, exponent: float) -> PyTree:
+    def scaled(v: PyTree, exponent: float, vector: PyTree) -> PyTree:
         return jax.tree.map(lambda v, x: (v + eps) ** exponent * x, v, vector)
 
     def bounded(v: jax.Array, gradient: jax.Array) -> jax.Array:
         """An overflow of the square would shut a coordinate for good."""
         return jnp.minimum(average(v, gradient), jnp.finfo(v.dtype).max)
 
-    return Shape(
+    return Norm(
         init=lambda params: optax.tree.zeros_like(at_least_float32(params)),
         update=lambda v, gradient: jax.tree.map(bounded, v, gradient),
-        apply=lambda v, vector: scaled(v, vector, power),
-        inverse=lambda v, vector: scaled(v, vector, -power),
+        at=lambda v: Metric(functools.partial(scaled, v, power), functools.partial(scaled, v, -power)),
     )
 
 
@@ -146,7 +143,7 @@ class FullMatrixState(NamedTuple):
 
 def full_matrix_norm(
     *, decay: float | None = None, eps: float = 1e-10, power: float = 0.5, max_size: int = 2048
-) -> Shape:
+) -> Norm:
     r"""The ellipsoid with all correlations, :math:`M = (G + \epsilon I)^p`, for small problems.
 
     :math:`G = \sum_t g_t g_t^\top` (Adagrad, Eq. 2 of "Adaptive norms for deep learning with regularized Newton
@@ -161,16 +158,16 @@ def full_matrix_norm(
       max_size: the largest number of parameters d accepted.
 
     Returns:
-      The shape; its state is a `FullMatrixState`.
+      The norm; its state is a `FullMatrixState`.
 
     Raises:
       ValueError: if a number is out of range; at init, if there are more parameters than `max_size`.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
-      >>> shape = optcurv.full_matrix_norm()
-      >>> state = shape.update(shape.init(jnp.zeros(2)), jnp.array([3.0, 4.0]))  # of length 5
-      >>> print(shape.apply(state, jnp.array([3.0, 4.0])).round(1))
+      >>> norm = optcurv.full_matrix_norm()
+      >>> state = norm.update(norm.init(jnp.zeros(2)), jnp.array([3.0, 4.0]))  # of length 5
+      >>> print(norm.at(state).apply(jnp.array([3.0, 4.0])).round(1))
       [15. 20.]
     """
     if decay is not None:
@@ -210,9 +207,8 @@ def full_matrix_norm(
         flat, unravel = ravel_pytree(vector)
         return unravel(jnp.matmul(matrix, flat, precision="highest"))
 
-    return Shape(
+    return Norm(
         init=init,
         update=update,
-        apply=lambda state, vector: product(state.matrix, vector),
-        inverse=lambda state, vector: product(state.inverse, vector),
+        at=lambda state: Metric(functools.partial(product, state.matrix), functools.partial(product, state.inverse)),
     )

@@ -260,7 +260,7 @@ class _ConjugateGradients(NamedTuple):
     stop: jax.Array
 
 
-def lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
+def gltr(max_iter: int = 10, tol: float = 0.1) -> Solver:
     r"""The trust region model's global minimiser in the Krylov space of the gradient.
 
     Minimises :math:`m(s) = g^\top s + \tfrac12 s^\top B s` subject to :math:`\|s\|_M \le \Delta` over the Krylov
@@ -313,13 +313,13 @@ def lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
 
 
 def cubic_lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
-    r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `lanczos`.
+    r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `gltr`.
 
     σ stands in the place of the radius, and the predicted decrease is that of the cubic model.
 
     Args:
       max_iter: the most products taken, and the dimension of the space, at least 1.
-      tol: as in `lanczos`.
+      tol: as in `gltr`.
 
     Returns:
       The solver.

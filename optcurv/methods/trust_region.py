@@ -1,4 +1,4 @@
-"""Ellipsoidal trust region Newton, and adaptive cubic regularization with the same shapes."""
+"""Ellipsoidal trust region Newton, and adaptive cubic regularization with the same norms."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,8 +21,7 @@ from optcurv.arguments import (
     wide_dtype,
 )
 from optcurv.curvature import ProductFn, hessian_product
-from optcurv.krylov import Metric
-from optcurv.methods.norms import Shape, rmsprop_norm
+from optcurv.methods.norms import Norm, rmsprop_norm
 from optcurv.methods.subproblems import Solver, Stop, cubic_lanczos, steihaug
 from optcurv.spikes import Watch, look, start_watch
 
@@ -67,7 +66,7 @@ class RegularizedNewtonState(NamedTuple):
     Attributes:
       count: steps taken, for schedules.
       size: the radius Δ, or the weight σ, of the next step.
-      shape: the shape's own state.
+      norm: the norm's own state.
       watch: for spikes of the gradient.
       key: of the solver's random vectors, as key data.
       info: of the last step.
@@ -75,7 +74,7 @@ class RegularizedNewtonState(NamedTuple):
 
     count: jax.typing.ArrayLike
     size: jax.Array
-    shape: Any
+    norm: Any
     watch: Watch
     key: jax.Array
     info: TrustRegionInfo | AdaptiveCubicInfo
@@ -83,7 +82,7 @@ class RegularizedNewtonState(NamedTuple):
 
 def trust_region(
     *,
-    shape: Shape = rmsprop_norm(),  # noqa: B008  a tuple of pure functions
+    norm: Norm = rmsprop_norm(),  # noqa: B008  a tuple of pure functions
     solver: Solver = steihaug(),  # noqa: B008
     curvature: ProductFn = hessian_product,
     initial_radius: chex.Numeric = 5e-2,
@@ -107,12 +106,12 @@ def trust_region(
     .. math:: \Delta \leftarrow \begin{cases} \min(\gamma_1 \Delta, \Delta_{\max}) & \rho \ge \eta_2 \\
         \Delta & \eta_1 \le \rho < \eta_2 \\ \max(\Delta / \gamma_2, \Delta_{\min}) & \rho < \eta_1 \end{cases}
 
-    which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: the shape's
+    which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: the norm's
     matrix enters with the power ½ that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves
     differences of some 1e-7 only, so a smaller decrease is taken from the slopes at both ends of the step,
     :math:`-\tfrac12 (g^\top s + \nabla L(w + s)^\top s)`, and a predicted decrease within rounding of the loss counts
     as achieved. A gradient a thousand times as large as any before is refused, unless it comes twice in a row. Where
-    gradients fall below 1e-6 of the largest, as they do after a spike, the shape starts anew.
+    gradients fall below 1e-6 of the largest, as they do after a spike, the norm starts anew.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_value_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
@@ -120,7 +119,7 @@ def trust_region(
     the loss, the gradient or a product at params is not finite, or the gradient is refused, nothing changes at all.
 
     Args:
-      shape: M; `optcurv.rmsprop_norm()` (default), `optcurv.adagrad_norm()`, `optcurv.uniform_norm()`,
+      norm: M; `optcurv.rmsprop_norm()` (default), `optcurv.adagrad_norm()`, `optcurv.uniform_norm()`,
         `optcurv.full_matrix_norm()`, or any `optcurv.Norm`.
       solver: `optcurv.steihaug()` (default), or `optcurv.gltr()`, which also leaves saddles.
       curvature: B; `optcurv.hessian_product` (default), `optcurv.gauss_newton_product`, or any function of the same
@@ -139,7 +138,7 @@ def trust_region(
 
     Raises:
       ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
-        does not fit them; outside of jit, if the shape is not positive definite (inside, such a step is rejected).
+        does not fit them; outside of jit, if the norm is not positive definite (inside, such a step is rejected).
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
 
     Example:
@@ -171,13 +170,13 @@ def trust_region(
         return jnp.where(accepted, kept, shrunk)
 
     return _regularized_newton(
-        "trust_region", TrustRegionInfo, shape, solver, curvature, initial_radius, accept_ratio, resize, seed
+        "trust_region", TrustRegionInfo, norm, solver, curvature, initial_radius, accept_ratio, resize, seed
     )
 
 
 def adaptive_cubic(
     *,
-    shape: Shape = rmsprop_norm(),  # noqa: B008
+    norm: Norm = rmsprop_norm(),  # noqa: B008
     max_iter: int = 10,
     curvature: ProductFn = hessian_product,
     initial_weight: chex.Numeric = 1.0,
@@ -200,7 +199,7 @@ def adaptive_cubic(
     arguments, small decreases and rejections are as in `optcurv.trust_region`.
 
     Args:
-      shape: M, as in `optcurv.trust_region`.
+      norm: M, as in `optcurv.trust_region`.
       max_iter: products, and dimension of the Krylov space, at least 2.
       curvature: B, as in `optcurv.trust_region`.
       initial_weight: σ₀ > 0.
@@ -251,7 +250,7 @@ def adaptive_cubic(
 
     solver = cubic_lanczos(max_iter)
     return _regularized_newton(
-        "adaptive_cubic", AdaptiveCubicInfo, shape, solver, curvature, initial_weight, accept_ratio, resize, seed
+        "adaptive_cubic", AdaptiveCubicInfo, norm, solver, curvature, initial_weight, accept_ratio, resize, seed
     )
 
 
@@ -281,7 +280,7 @@ def _check_order(name: str, value: Any, upper_name: str, upper: Any) -> None:
 def _regularized_newton(
     method: str,
     info_type: type[TrustRegionInfo] | type[AdaptiveCubicInfo],
-    shape: Shape,
+    norm: Norm,
     solver: Solver,
     curvature: ProductFn,
     initial_size: chex.Numeric,
@@ -290,8 +289,8 @@ def _regularized_newton(
     seed: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
-    if not isinstance(shape, Shape):
-        raise TypeError(f"shape must be an optcurv.Norm like optcurv.rmsprop_norm(), got {shape!r}.")
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm must be an optcurv.Norm like optcurv.rmsprop_norm(), got {norm!r}.")
     check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
     check_function("curvature", curvature, "value_fn, params", "such as optcurv.hessian_product")
 
@@ -300,7 +299,7 @@ def _regularized_newton(
         return RegularizedNewtonState(
             count=count,
             size=jnp.asarray(initial_size, wide_dtype(params)),
-            shape=shape.init(params),
+            norm=norm.init(params),
             watch=start_watch(params),
             key=jax.random.key_data(jax.random.key(seed)),
             info=info_type(zero, zero, jnp.zeros((), bool), count, count, zero, zero),
@@ -321,11 +320,12 @@ def _regularized_newton(
         gradient = at_least_float32(updates)
         value = jnp.asarray(loss(params) if value is None else value, state.size.dtype)
         watch = look(state.watch, gradient)
-        shape_state = optax.tree.where(watch.after_spike, shape.init(params), state.shape)
-        shape_state = shape.update(shape_state, gradient)
-        metric = Metric(lambda v: shape.apply(shape_state, v), lambda v: shape.inverse(shape_state, v))
+        norm_state = optax.tree.where(watch.after_spike, norm.init(params), state.norm)
+        norm_state = norm.update(norm_state, gradient)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        found = solver(curvature(curvature_value_fn or value_fn, params), gradient, metric, state.size, key)
+        found = solver(
+            curvature(curvature_value_fn or value_fn, params), gradient, norm.at(norm_state), state.size, key
+        )
         _raise_if_indefinite(found.stop)
         usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~watch.refused
 
@@ -349,7 +349,7 @@ def _regularized_newton(
         new_state = RegularizedNewtonState(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
-            shape=optax.tree.where(usable, shape_state, state.shape),
+            norm=optax.tree.where(usable, norm_state, state.norm),
             watch=watch,
             key=state.key,
             info=info,
@@ -418,9 +418,9 @@ def _rounding(slopes: PyTree, numbers: PyTree) -> jax.Array | float:
 
 
 def _raise_if_indefinite(stop: jax.Array) -> None:
-    """Names a broken shape where values are known, outside of jit; inside, the step is rejected."""
+    """Names a broken norm where values are known, outside of jit; inside, the step is rejected."""
     if not isinstance(stop, Tracer) and stop == Stop.INDEFINITE_NORM:
         raise ValueError(
-            "The shape is not positive definite: its inverse or its apply gave a vector a negative squared norm. "
+            "The norm is not positive definite: a product with M or its inverse gave a vector a negative squared norm. "
             "Raise its eps, or check its update."
         )

@@ -336,7 +336,13 @@ def check_that_it_follows(case, search):
     @jax.jit
     def step(params, state):
         value, grad = value_and_grad(params, state=state)
-        extra_args = {"value": value, "grad": grad, "value_fn": loss, "curvature_value_fn": loss, "monitored_value": value}
+        extra_args = {
+            "value": value,
+            "grad": grad,
+            "value_fn": loss,
+            "curvature_value_fn": loss,
+            "monitored_value": value,
+        }
         updates, state = optimizer.update(grad, state, params, **extra_args)
         return optax.apply_updates(params, updates), state, value
 

@@ -36,7 +36,7 @@ OPTIONS = {
         optcurv.scale_by_parabolic_linesearch(0.1, max_step=1.0),
     ),
     "trust-region": lambda rng: optcurv.trust_region(
-        shape=rng.choice([optcurv.uniform_norm, optcurv.adagrad_norm, optcurv.rmsprop_norm])(),
+        norm=rng.choice([optcurv.uniform_norm, optcurv.adagrad_norm, optcurv.rmsprop_norm])(),
         curvature=rng.choice([optcurv.gauss_newton_product, optcurv.hessian_product]),
         initial_radius=float(rng.choice([1e-3, 1.0, 10.0])),
     ),

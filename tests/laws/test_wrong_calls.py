@@ -92,9 +92,9 @@ CONSTRUCTORS = [
     Wrong("trust-region-solver-name", lambda: optcurv.trust_region(solver="steihaug"), TypeError, "solver must be"),
     Wrong(
         "trust-region-shape-not-made",
-        lambda: optcurv.trust_region(shape=optcurv.rmsprop_norm),
+        lambda: optcurv.trust_region(norm=optcurv.rmsprop_norm),
         TypeError,
-        r"shape must be an optcurv\.Shape like optcurv\.rmsprop_norm\(\)",
+        r"norm must be an optcurv\.Norm like optcurv\.rmsprop_norm\(\)",
     ),
     Wrong(
         "trust-region-curvature-name", lambda: optcurv.trust_region(curvature="hessian"), TypeError, "curvature must be"
@@ -106,7 +106,7 @@ CONSTRUCTORS = [
         "initial_radius must be a number, got",
     ),
     Wrong(
-        "cubic-shape-a-number", lambda: optcurv.adaptive_cubic(shape=1.0), TypeError, r"shape must be an optcurv\.Shape"
+        "cubic-shape-a-number", lambda: optcurv.adaptive_cubic(norm=1.0), TypeError, r"norm must be an optcurv\.Norm"
     ),
     Wrong("steihaug-tol-string", lambda: optcurv.steihaug(tol="0.1"), TypeError, "tol must be a number"),
     Wrong("lanczos-no-product", lambda: optcurv.gltr(0), ValueError, "max_iter must be at least 1"),
@@ -170,13 +170,13 @@ CONSTRUCTORS = [
     ),
     Wrong(
         "kronecker-labels-an-array",
-        lambda: optcurv.scale_by_kronecker(labels=jnp.zeros(3)),
+        lambda: optcurv.scale_by_kronecker(sampler=jnp.zeros(3)),
         TypeError,
         r"labels must be a function of \(key, outputs\), .*got an array float32\(3,\)",
     ),
     Wrong(
         "kronecker-labels-of-one-argument",
-        lambda: optcurv.scale_by_kronecker(labels=lambda logits: logits),
+        lambda: optcurv.scale_by_kronecker(sampler=lambda logits: logits),
         TypeError,
         r"labels must be a function of \(key, outputs\)",
     ),
@@ -279,7 +279,12 @@ UPDATES = [
         TypeError,
         r"value_fn must be a function of \(params\), with the batch in its closure.*missing a required argument",
     ),
-    Wrong("curvature-loss-a-batch", replaced(curvature_value_fn=problems.blobs()), TypeError, "curvature_value_fn must be a func"),
+    Wrong(
+        "curvature-loss-a-batch",
+        replaced(curvature_value_fn=problems.blobs()),
+        TypeError,
+        "curvature_value_fn must be a func",
+    ),
     Wrong("value-with-aux", replaced(value=(jnp.ones(()), {})), TypeError, "value must be .*pass the loss alone"),
     Wrong("value-per-example", replaced(value=jnp.ones(32)), TypeError, r"value must be .*float32\(32,\)"),
     Wrong("value-complex", replaced(value=1j), TypeError, "value must be the loss, a real scalar"),

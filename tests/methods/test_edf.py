@@ -63,7 +63,7 @@ def test_update_equals_scipys_minres_on_the_dense_matrix(dtype, tolerance, curva
     np.testing.assert_allclose(state.info.residual_norm, np.linalg.norm(matrix @ expected - gradient), rtol=1e-4)
     cosine = gradient @ expected / np.linalg.norm(gradient) / np.linalg.norm(expected)
     np.testing.assert_allclose(state.info.cosine, cosine, rtol=1e-5)
-    assert state.info.num_steps == max_iter
+    assert state.info.iterations == max_iter
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -174,8 +174,8 @@ def test_negative_curvature_of_gauss_newton_says_that_the_loss_is_not_convex(sig
 
 
 def test_a_breakdown_falls_back_to_one_krylov_step(monkeypatch):
-    def uphill(matvec, b, num_steps, *, shift):
-        _, info = optcurv.minres(matvec, b, num_steps, shift=shift)
+    def uphill(matvec, b, max_iter, *, shift):
+        _, info = optcurv.minres(matvec, b, max_iter, shift=shift)
         return optax.tree.scale(-1.0, b), info
 
     params, loss = problems.quadratic()

@@ -1,4 +1,4 @@
-"""Shapes against dense matrices, and Lemma 1 of the paper they are from."""
+"""Norms against dense matrices, and Lemma 1 of the paper they are from."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def root_of_diagonal(matrix):
     return np.diag(np.sqrt(np.diag(matrix)))
 
 
-SHAPES = {
+NORMS = {
     "uniform": (optcurv.uniform_norm(), lambda g: np.eye(7)),
     "adagrad": (optcurv.adagrad_norm(EPS), lambda g: root_of_diagonal(sum(outer_products(g)) + EPS * np.eye(7))),
     "rmsprop": (
@@ -56,30 +56,30 @@ SHAPES = {
         lambda g: scipy.linalg.sqrtm(discounted(outer_products(g)) + EPS * np.eye(7)),
     ),
 }
-every_shape = pytest.mark.parametrize(("shape", "dense"), SHAPES.values(), ids=SHAPES.keys())
+every_norm = pytest.mark.parametrize(("norm", "dense"), NORMS.values(), ids=NORMS.keys())
 
 
-@every_shape
-def test_shape_equals_its_dense_matrix(shape, dense):
-    state = shape.init(gradients()[0])
+@every_norm
+def test_norm_equals_its_dense_matrix(norm, dense):
+    state = norm.init(gradients()[0])
     for gradient in gradients():
-        state = shape.update(state, gradient)
+        state = norm.update(state, gradient)
     matrix = dense([ravel_pytree(gradient)[0] for gradient in gradients()])
     vector = gradients(6)[-1]
     flat, _ = ravel_pytree(vector)
-    applied, solved = shape.apply(state, vector), shape.inverse(state, vector)
+    applied, solved = norm.at(state).apply(vector), norm.at(state).inverse(vector)
     assert jax.tree.structure(applied) == jax.tree.structure(vector)
     np.testing.assert_allclose(ravel_pytree(applied)[0], matrix @ flat, rtol=1e-9)
     np.testing.assert_allclose(ravel_pytree(solved)[0], np.linalg.solve(matrix, flat), rtol=1e-9)
 
 
-@every_shape
-def test_lemma_1(shape, dense):
+@every_norm
+def test_lemma_1(norm, dense):
     """-η M⁻¹ g minimises the linear model on the ellipsoid ‖s‖_M ≤ η ‖g‖_{M⁻¹} (Theorem and Corollary 1)."""
     gradient = gradients()[0]
     flat, _ = ravel_pytree(gradient)
-    state, eta = shape.update(shape.init(gradient), gradient), 0.3
-    step, _ = ravel_pytree(optax.tree.scale(-eta, shape.inverse(state, gradient)))
+    state, eta = norm.update(norm.init(gradient), gradient), 0.3
+    step, _ = ravel_pytree(optax.tree.scale(-eta, norm.at(state).inverse(gradient)))
     matrix = dense([flat])
     radius = eta * np.sqrt(flat @ np.linalg.solve(matrix, flat))
     np.testing.assert_allclose(np.sqrt(step @ matrix @ step), radius, rtol=1e-9)
@@ -89,7 +89,7 @@ def test_lemma_1(shape, dense):
 
 
 @pytest.mark.parametrize(
-    ("shape", "first_order"),
+    ("norm", "first_order"),
     [
         (optcurv.rmsprop_norm(decay=0.8, eps=EPS), optax.scale_by_rms(decay=0.8, eps=EPS)),
         (optcurv.adagrad_norm(eps=EPS), optax.scale_by_rss(initial_accumulator_value=0.0, eps=EPS)),
@@ -97,11 +97,11 @@ def test_lemma_1(shape, dense):
     ],
     ids=["rmsprop", "adagrad", "uniform"],
 )
-def test_trust_region_of_a_linear_model_is_the_first_order_method(shape, first_order):
+def test_trust_region_of_a_linear_model_is_the_first_order_method(norm, first_order):
     """With B = 0 the step points where optax's RMSProp, Adagrad or SGD would go."""
     params = gradients()[0]
     flat_model = lambda loss, params: optax.tree.zeros_like  # noqa: E731
-    optimizer = optcurv.trust_region(shape=shape, curvature=flat_model)
+    optimizer = optcurv.trust_region(norm=norm, curvature=flat_model)
     state, first_order_state = optimizer.init(params), first_order.init(params)
     for gradient in gradients():
         loss = lambda p, gradient=gradient: optax.tree.vdot(p, gradient)  # noqa: E731
@@ -113,31 +113,31 @@ def test_trust_region_of_a_linear_model_is_the_first_order_method(shape, first_o
 
 def test_epsilon_does_not_decay():
     """Lemma 2: the axes stay bounded however long the gradient is zero."""
-    shape = optcurv.rmsprop_norm(eps=1e-6)
-    state, zero = shape.init(jnp.zeros(2)), jnp.zeros(2)
+    norm = optcurv.rmsprop_norm(eps=1e-6)
+    state, zero = norm.init(jnp.zeros(2)), jnp.zeros(2)
     for _ in range(50):
-        state = shape.update(state, zero)
-    np.testing.assert_allclose(shape.inverse(state, jnp.ones(2)), 1e3)
+        state = norm.update(state, zero)
+    np.testing.assert_allclose(norm.at(state).inverse(jnp.ones(2)), 1e3)
 
 
 @pytest.mark.parametrize("make", [optcurv.adagrad_norm, optcurv.rmsprop_norm])
 def test_a_gradient_whose_square_overflows_shuts_no_coordinate(make):
-    shape, gradient = make(), jnp.full(2, 1e30, jnp.float32)
-    state = shape.update(shape.init(gradient), gradient)
-    assert jnp.all(shape.inverse(state, gradient) > 0)
+    norm, gradient = make(), jnp.full(2, 1e30, jnp.float32)
+    state = norm.update(norm.init(gradient), gradient)
+    assert jnp.all(norm.at(state).inverse(gradient) > 0)
 
 
 @pytest.mark.parametrize("decay", [None, 0.8])
 def test_rounding_of_the_gradients_moves_the_full_matrix_little(decay):
     """In float32 the eigenvalues that are zero come out as rounding; a power of them plus a small ε would be noise."""
-    rng, shape = np.random.default_rng(0), optcurv.full_matrix_norm(decay=decay)
+    rng, norm = np.random.default_rng(0), optcurv.full_matrix_norm(decay=decay)
     exact = rng.normal(size=(3, 20)).astype(np.float32)
     rounded = exact * (1 + 1.2e-7 * rng.choice([-1, 1], exact.shape)).astype(np.float32)
     inverses = []
     for several in (exact, rounded):
-        state = shape.init(jnp.zeros(20, jnp.float32))
+        state = norm.init(jnp.zeros(20, jnp.float32))
         for gradient in several:
-            state = shape.update(state, jnp.asarray(gradient))
+            state = norm.update(state, jnp.asarray(gradient))
         inverses.append(np.asarray(state.inverse))
     np.testing.assert_allclose(*inverses, rtol=0, atol=1e-3 * np.abs(inverses[0]).max())
 

@@ -53,7 +53,7 @@ def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
 
 
 @pytest.mark.parametrize(
-    ("shape", "ellipsoid"),
+    ("norm", "ellipsoid"),
     [
         (optcurv.uniform_norm(), lambda average: np.eye(average.size)),
         (optcurv.rmsprop_norm(eps=1e-4), lambda average: np.diag(np.sqrt(average + 1e-4))),
@@ -61,12 +61,12 @@ def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
     ids=["uniform", "rmsprop"],
 )
 @pytest.mark.parametrize("curvature", [optcurv.hessian_product, optcurv.gauss_newton_product])
-def test_path_equals_algorithm_1_on_dense_matrices(shape, ellipsoid, curvature):
+def test_path_equals_algorithm_1_on_dense_matrices(norm, ellipsoid, curvature):
     with jax.enable_x64(True):
         params = problems.network_params(dtype=jnp.float64)
         loss = problems.network_loss(problems.blobs(dtype=jnp.float64))
         options = {"initial_radius": 1.0, "max_radius": 4.0, "accept_ratio": 0.6, "grow_ratio": 0.9}
-        optimizer = optcurv.trust_region(shape=shape, curvature=curvature, growth=1.3, shrinkage=2.5, **options)
+        optimizer = optcurv.trust_region(norm=norm, curvature=curvature, growth=1.3, shrinkage=2.5, **options)
         step, state, decisions = step_on(optimizer, loss), optimizer.init(params), set()
         for w, ratio, radius in dense_trust_region(loss, params, curvature, ellipsoid, 12):
             np.testing.assert_allclose(ravel_pytree(params)[0], w, rtol=0, atol=1e-10)
@@ -89,7 +89,7 @@ def loss_of_ratio(ratio):
 def test_radius_rule(ratio, accepted, radius):
     rule = {"initial_radius": 0.5, "accept_ratio": 0.1, "grow_ratio": 0.9, "growth": 1.2, "shrinkage": 2.0}
     flat = lambda loss, params: jnp.zeros_like  # noqa: E731
-    optimizer = optcurv.trust_region(shape=optcurv.uniform_norm(), curvature=flat, **rule)
+    optimizer = optcurv.trust_region(norm=optcurv.uniform_norm(), curvature=flat, **rule)
     w = jnp.asarray(1.0)
     state = optimizer.init(w)
     update, new = optimizer.update(jnp.ones(()), state, w, value=w, value_fn=loss_of_ratio(ratio))
@@ -104,7 +104,7 @@ def test_radius_rule(ratio, accepted, radius):
 @pytest.mark.parametrize(("ratio", "weight"), [(1.5, 2.0), (0.5, 4.0), (-1.0, 12.0), (np.nan, 12.0)])
 def test_weight_rule_of_the_cubic(ratio, weight):
     optimizer = optcurv.adaptive_cubic(
-        shape=optcurv.uniform_norm(),
+        norm=optcurv.uniform_norm(),
         curvature=lambda loss, params: jnp.zeros_like,
         initial_weight=4.0,
         shrinkage=2.0,
@@ -156,7 +156,7 @@ def test_from_a_strict_saddle_lanczos_escapes_and_steihaug_stays():
     for optimizer, escapes in (
         (optcurv.trust_region(), False),
         (optcurv.trust_region(solver=optcurv.gltr(3)), True),
-        (optcurv.adaptive_cubic(shape=optcurv.uniform_norm(), max_iter=3), True),
+        (optcurv.adaptive_cubic(norm=optcurv.uniform_norm(), max_iter=3), True),
     ):
         step, w, state = step_on(optimizer, saddle), start, optimizer.init(start)
         for _ in range(60):
@@ -174,7 +174,7 @@ def test_random_vectors_come_from_the_seed_and_the_step():
         return -w @ w
 
     def first_updates(seed):
-        optimizer = optcurv.trust_region(shape=optcurv.uniform_norm(), solver=optcurv.gltr(3), seed=seed)
+        optimizer = optcurv.trust_region(norm=optcurv.uniform_norm(), solver=optcurv.gltr(3), seed=seed)
         w = jnp.zeros(3)
         update = jax.jit(lambda state: optimizer.update(w, state, w, value_fn=maximum))
         updates, state = update(optimizer.init(w))
@@ -245,7 +245,7 @@ def test_a_small_decrease_is_taken_from_the_slopes():
     loss = lambda w: 1e3 + 0.5 * 1e-6 * w**2  # noqa: E731
     for guessed_curvature, ratio in ((1e-6, 1.0), (0.4e-6, -0.5)):
         optimizer = optcurv.trust_region(
-            shape=optcurv.uniform_norm(),
+            norm=optcurv.uniform_norm(),
             initial_radius=10.0,
             curvature=lambda loss, params, c=guessed_curvature: lambda v: c * v,
         )
@@ -255,7 +255,7 @@ def test_a_small_decrease_is_taken_from_the_slopes():
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "norm",
     [
         optcurv.adagrad_norm(),
         optcurv.rmsprop_norm(),
@@ -265,8 +265,8 @@ def test_a_small_decrease_is_taken_from_the_slopes():
     ids=["adagrad", "rmsprop", "full-adagrad", "full-rmsprop"],
 )
 @pytest.mark.parametrize("weights", [(1.0, 1e4, 1.0, 1e6), (1e6,), (1e12, 1.0, 1e12), (1e18, 1e18)], ids=str)
-def test_a_spike_shuts_no_shape(shape, weights):
-    optimizer, (start, loss) = optcurv.trust_region(shape=shape), problems.quadratic()
+def test_a_spike_shuts_no_norm(norm, weights):
+    optimizer, (start, loss) = optcurv.trust_region(norm=norm), problems.quadratic()
     scaled = lambda weight: optcurv.Composite(loss.model_fn, lambda r: weight * loss.loss_fn(r))  # noqa: E731
     step, params, state = jax.jit(make_step(optimizer, scaled)), start, optimizer.init(start)
     for weight in weights:
@@ -300,13 +300,13 @@ def test_nothing_changes_where_the_loss_is_not_finite_to_begin_with(make):
         update, new = optimizer.update(gradient, state, w, value=value, value_fn=lambda w: jnp.sum(w**2))
         np.testing.assert_array_equal(update, 0)
         assert not new.info.accepted
-        jax.tree.map(np.testing.assert_array_equal, (new.size, new.shape), (state.size, state.shape))
+        jax.tree.map(np.testing.assert_array_equal, (new.size, new.norm), (state.size, state.norm))
 
 
 @pytest.mark.parametrize("solver", [optcurv.steihaug(), optcurv.gltr(2)])
-def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solver):
-    shape = optcurv.uniform_norm()._replace(inverse=lambda state, v: -v)
-    optimizer, w = optcurv.trust_region(shape=shape, solver=solver), jnp.ones(3)
+def test_indefinite_norm_is_an_error_outside_of_jit_and_a_rejection_inside(solver):
+    norm = optcurv.uniform_norm()._replace(at=lambda state: optcurv.Metric(apply=lambda v: v, inverse=lambda v: -v))
+    optimizer, w = optcurv.trust_region(norm=norm, solver=solver), jnp.ones(3)
     loss = lambda w: jnp.sum(w**2)  # noqa: E731
     state = optimizer.init(w)
     with pytest.raises(ValueError, match=r"not positive definite.*eps"):
@@ -331,7 +331,7 @@ def test_indefinite_shape_is_an_error_outside_of_jit_and_a_rejection_inside(solv
         ({"accept_ratio": -0.1}, ValueError, "accept_ratio"),
         ({"accept_ratio": 0.5, "grow_ratio": 0.4}, ValueError, "at most grow_ratio = 0.4, got 0.5"),
         ({"grow_ratio": 1.5}, ValueError, "grow_ratio"),
-        ({"shape": "rmsprop"}, TypeError, r"optcurv\.Shape"),
+        ({"norm": "rmsprop"}, TypeError, r"optcurv\.Norm"),
         ({"solver": "steihaug"}, TypeError, "solver"),
         ({"curvature": "hessian"}, TypeError, "curvature"),
         ({"radius": 1.0}, TypeError, "radius"),
@@ -357,9 +357,9 @@ def test_bad_options_of_the_cubic(options, error, message):
         optcurv.adaptive_cubic(**options)
 
 
-def test_full_matrix_shape_refuses_a_network_too_large():
+def test_full_matrix_norm_refuses_a_network_too_large():
     with pytest.raises(ValueError, match="2500×2500"):
-        optcurv.trust_region(shape=optcurv.full_matrix_norm()).init(jnp.zeros((50, 50)))
+        optcurv.trust_region(norm=optcurv.full_matrix_norm()).init(jnp.zeros((50, 50)))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_sampled_labels_give_the_true_fisher_matrix():
     model_fn = lambda p: x @ p["kernel"] + p["bias"]  # noqa: E731
     wrong = jnp.argmin(model_fn(params), axis=1)
     loss = optcurv.Composite(model_fn, lambda logits: problems.cross_entropy(logits, wrong))
-    _, state = first_update(params, loss, labels=optcurv.sample_categorical_gradients)
+    _, state = first_update(params, loss, sampler=optcurv.sample_categorical_gradients)
     p = jax.nn.softmax(model_fn(params))
     expected = jnp.mean(jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(p), axis=0)
     actual = state.factors["['kernel']"][1][0] / state.weight
@@ -250,14 +250,14 @@ def test_sampled_labels_give_the_true_fisher_matrix():
 
 def test_sampled_gaussians_have_the_identity_for_fisher_matrix():
     params, loss_of, _ = two_layers(num_examples=5000)
-    _, state = first_update(params, loss_of(0), labels=optcurv.sample_gaussian_gradients)
+    _, state = first_update(params, loss_of(0), sampler=optcurv.sample_gaussian_gradients)
     np.testing.assert_allclose(state.factors["['b']['kernel']"][1][0] / state.weight, np.eye(2), atol=0.1)
 
 
 def test_drawn_labels_need_a_composite():
     params, loss = unit_problem()
     with pytest.raises(TypeError, match=r"optcurv\.Composite"):
-        first_update(params, loss, labels=optcurv.sample_categorical_gradients)
+        first_update(params, loss, sampler=optcurv.sample_categorical_gradients)
 
 
 def test_given_layers_make_the_state_for_any_kernel():
