@@ -8,6 +8,7 @@ from optcurv.kronecker.layers import layers
 from optcurv.kronecker.preconditioner import scale_by_kronecker
 from optcurv.kronecker.samplers import sample_categorical_gradients, sample_gaussian_gradients
 from optcurv.krylov import Metric, minres
+from optcurv.landscape.batch_stats import recomputed_batch_stats
 from optcurv.landscape.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.landscape.diagonal_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
 from optcurv.landscape.slices import (
@@ -18,7 +19,6 @@ from optcurv.landscape.slices import (
     plane,
     plane_coordinates,
     random_direction,
-    recomputed_batch_stats,
 )
 from optcurv.landscape.spectra import (
     hutchinson_diagonal,
@@ -28,13 +28,14 @@ from optcurv.landscape.spectra import (
 )
 from optcurv.losses import softmax_cross_entropy_with_integer_labels
 from optcurv.masking import masked
+from optcurv.methods.adaptive_cubic import adaptive_cubic
 from optcurv.methods.edf import edf, scale_by_edf, scale_by_nesterov_flow
 from optcurv.methods.norms import Norm, adagrad_norm, full_matrix_norm, rmsprop_norm, uniform_norm
 from optcurv.methods.pal import pal, scale_by_parabolic_linesearch
 from optcurv.methods.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
 from optcurv.methods.subproblems import Stop, gltr, steihaug
 from optcurv.methods.switching import SwitchRule, on_plateau, switch
-from optcurv.methods.trust_region import adaptive_cubic, trust_region
+from optcurv.methods.trust_region import trust_region
 from optcurv.methods.tso_alra import tso_alra
 from optcurv.sharding import state_shardings
 
@@ -88,6 +89,7 @@ __all__ = [
     "plane",
     "plane_coordinates",
     "random_direction",
+    "recomputed_batch_stats",
     "rmsprop_norm",
     "runge_kutta",
     "sample_categorical_gradients",
@@ -96,7 +98,6 @@ __all__ = [
     "scale_by_kronecker",
     "scale_by_nesterov_flow",
     "scale_by_parabolic_linesearch",
-    "recomputed_batch_stats",
     "sgd_rk2",
     "softmax_cross_entropy_with_integer_labels",
     "spectral_density",

@@ -326,38 +326,6 @@ def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iter
     return jnp.linalg.solve(gram, jnp.stack(slopes).T).T
 
 
-def recomputed_batch_stats(update_fn: Callable[[PyTree], PyTree], statistics: PyTree) -> PyTree:
-    r"""The running statistics at which a training step leaves them as they are.
-
-    BatchNorm's running averages belong to the parameters they were taken at; between networks there are none. In a
-    `value_fn` this recomputes them from given data at each point. One step maps each running average s to
-    :math:`m s + (1 - m)\, b`, with the data's own statistic b and a momentum m < 1; b is what is returned, without
-    having to know m.
-
-    Args:
-      update_fn: maps running statistics to those after one training step on the given data.
-      statistics: any, in the structure that `update_fn` takes; only structure, shapes and dtypes matter.
-
-    Returns:
-      The statistics of the data.
-
-    Example:
-      With a Flax network: `recomputed_batch_stats(lambda s: net.apply({"params": p, "batch_stats": s}, x, train=True,
-      mutable="batch_stats")[1]["batch_stats"], batch_stats)`.
-
-      >>> import jax.numpy as jnp, optcurv
-      >>> update = lambda s: {"mean": 0.75 * s["mean"] + 0.25 * 3.0}
-      >>> print(optcurv.recomputed_batch_stats(update, {"mean": jnp.zeros(2)}))
-      {'mean': Array([3., 3.], dtype=float32)}
-    """
-    # Compiled together, all need one forward pass: what a training step adds does not depend on running statistics.
-    at_zero, at_one = (update_fn(like(statistics)) for like in (optax.tree.zeros_like, optax.tree.ones_like))
-    rates = jax.tree.map(lambda zero, one: 1 - (one - zero), at_zero, at_one)
-    settled = jax.tree.map(jnp.divide, at_zero, rates)
-    # Once more, for the digits that the difference of large numbers lost.
-    return jax.tree.map(lambda old, new, rate: old + (new - old) / rate, settled, update_fn(settled), rates)
-
-
 def _evaluate(
     value_fn: SliceFn, trees: Sequence[PyTree], weights: jax.Array, batches: Iterable[PyTree] | None, num_at_once: int
 ) -> PyTree:

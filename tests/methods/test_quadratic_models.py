@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from optcurv.methods.subproblems import minimize_cubic, minimize_in_ball
-from optcurv.methods.trust_region import decrease_ratio
+from optcurv.methods.quadratic_models import minimize_cubic, minimize_in_ball
+from optcurv.methods.regularized_newton import decrease_ratio
 
 SIZE = 7
 SPECTRA = {
