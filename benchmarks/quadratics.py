@@ -82,7 +82,7 @@ def descend(shape: optcurv.Norm, hessian: jax.Array, start: jax.Array, step_size
         gradient = hessian @ point
         state = shape.update(state, gradient)
         direction = shape.at(state).inverse(gradient)
-        matrix = jax.vmap(shape.apply, (None, 0))(state, jnp.eye(2))
+        matrix = jax.vmap(shape.at(state).apply)(jnp.eye(2))
         following = point - step_size * direction
         radius = step_size * jnp.sqrt(gradient @ direction)
         return (following, state), (following, jnp.asarray(matrix), jnp.asarray(radius))

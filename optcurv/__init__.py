@@ -11,14 +11,13 @@ from optcurv.krylov import Metric, minres
 from optcurv.landscape.batch_stats import recomputed_batch_stats
 from optcurv.landscape.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.landscape.diagonal_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
+from optcurv.landscape.directions import plane_coordinates, random_direction
 from optcurv.landscape.slices import (
     absolute_line,
     barycentric,
     bilinear,
     line,
     plane,
-    plane_coordinates,
-    random_direction,
 )
 from optcurv.landscape.spectra import (
     hutchinson_diagonal,

@@ -18,8 +18,8 @@ def masked(
     """`optax.masked` for transformations that evaluate the loss; the signs are those of `inner`.
 
     `optax.masked` hands `inner` only the parameters under the mask, and a loss of all of them then fails. Here `inner`
-    also gets `value_fn` and `curvature_value_fn` as functions of those parameters, the others kept at their present values,
-    and `grad` reduced likewise. A `Composite` stays one.
+    also gets `value_fn` and `curvature_value_fn` as functions of those parameters, the others kept at their present
+    values, and `grad` reduced likewise. A `Composite` stays one.
 
     As with `optax.masked`, updates outside the mask pass through unchanged: to freeze those parameters, set their
     updates to zero with `optax.freeze`, as in the example. Integers among the parameters belong outside of the mask;

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import optcurv
-from optcurv.kronecker.layers import tap
+from optcurv.kronecker.statistics import tap
 from tests import problems
 from tests.cases import every_method
 from tests.laws.test_contract import assert_same, make_step, train

@@ -36,9 +36,10 @@ from optcurv.kronecker.factors import (
     is_early,
     refresh_powers,
 )
-from optcurv.kronecker.layers import Layers, count_examples, pull_back_taps, tap
+from optcurv.kronecker.layers import Layers
 from optcurv.kronecker.layers import layers as find_layers
 from optcurv.kronecker.samplers import OutputGradientSampler
+from optcurv.kronecker.statistics import count_examples, pull_back_taps, tap
 from optcurv.sharding import check_splits_rows, mean_over_devices, own_key
 
 _OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in
@@ -129,9 +130,9 @@ def scale_by_kronecker(
     p = -1 a sum over N examples makes the updates N times too short. With a `sampler`, the factors do not depend on
     the loss, and the updates of layers become c times as long at any power. (`absolute_damping` breaks these rules.)
 
-    The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch, for the
-    factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
-    those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
+    The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch,
+    for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
+    nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
     the loss would fade but slowly.
 
     Args:
@@ -143,9 +144,9 @@ def scale_by_kronecker(
       absolute_damping: likewise; published 1e-6, with no relative one.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
         `optcurv.DIAGONAL`.
-      sampler: of gradients at the outputs. None (default) takes the labels of the loss, for the empirical Fisher matrix.
-        `optcurv.sample_categorical_gradients` and `optcurv.sample_gaussian_gradients` draw labels from the model's
-        predictions, for the true one; the loss must then be a `Composite`.
+      sampler: of gradients at the outputs. None (default) takes the labels of the loss, for the empirical Fisher
+        matrix. `optcurv.sample_categorical_gradients` and `optcurv.sample_gaussian_gradients` draw labels from the
+        model's predictions, for the true one; the loss must then be a `Composite`.
       layers: of the closure, as `optcurv.layers` returns them; the loss must then have these very layers. By default
         every array of more than one axis may be a kernel, whose last axis alone is the output's, as those of dense
         layers and of ungrouped convolutions. The state then holds room for squared gradients of all parameters beside

@@ -1,16 +1,14 @@
 """Slices of the loss surface. Functions return arrays; they never draw."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, check_count
-from optcurv.kronecker.layers import Layers
+from optcurv.landscape.directions import check_same_layout, check_two
 
 SliceFn = Callable[..., PyTree]
 """Maps parameters, or parameters and a batch, to a number or any pytree of metrics."""
@@ -97,7 +95,7 @@ def absolute_line(
       >>> print(optcurv.absolute_line(loss, jnp.array([0.0, 0.0]), jnp.array([3.0, 4.0]), jnp.array([-1.0, 5.0])))
       [ 1. 25.]
     """
-    _check_same_layout((start, end))
+    check_same_layout((start, end))
     length = float(optax.tree.norm(optax.tree.sub(end, start)))
     if length == 0:
         raise ValueError("start and end are the same point and give no direction.")
@@ -231,99 +229,10 @@ def plane(
       [[ 1. 21.]
        [ 2. 22.]]
     """
-    _check_two(directions)
+    check_two(directions)
     x, y = _grid(xs, ys)
     weights = jnp.stack([jnp.ones_like(x), x, y], axis=-1)
     return _evaluate(value_fn, (center, *directions), weights, batches, num_at_once)
-
-
-def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None = None) -> PyTree:
-    r"""Draws a direction whose filters are as long as the parameters'.
-
-    Each filter, all weights that lead to one output, is Gaussian noise scaled to the norm of that filter of `params`
-    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales stay where they are. So slices
-    of networks whose layers could be rescaled without changing their outputs can be compared.
-
-    Args:
-      key: of `jax.random`.
-      params: parameters, any pytree of real arrays.
-      layers: `optcurv.layers(loss, params)`, which knows the outputs of each kernel: needed for kernels with the
-        outputs first (equinox, PyTorch), with several axes of outputs (attention), or stacked (`nn.scan`). Parameters
-        in no layer stay where they are. Default: the last axis of each array of two axes or more is the outputs'.
-
-    Returns:
-      A pytree like `params`.
-
-    Raises:
-      TypeError: if `layers` is something else.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optcurv
-      >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
-      >>> direction = optcurv.random_direction(jax.random.key(0), params)
-      >>> print(jnp.linalg.norm(direction["kernel"], axis=0), direction["bias"])
-      [5. 2.] [0. 0.]
-      >>> loss = lambda p: jnp.sum(jnp.ones((3, 2)) @ p["kernel"].T + p["bias"])  # outputs first
-      >>> direction = optcurv.random_direction(jax.random.key(0), params, layers=optcurv.layers(loss, params))
-      >>> print(jnp.linalg.norm(direction["kernel"], axis=1).round(4))
-      [3.     4.4721]
-    """
-    if layers is not None and not isinstance(layers, Layers):
-        raise TypeError(f"layers must be what optcurv.layers(loss, params) returns, got {type(layers).__name__}.")
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-
-    def draw(key: chex.PRNGKey, kernel: jax.Array) -> jax.Array:
-        """Of a kernel arranged as (stack, in, out)."""
-        noise = jax.random.normal(key, kernel.shape, kernel.dtype)
-        return noise * (jnp.linalg.norm(kernel, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True))
-
-    drawn = [jnp.zeros_like(leaf) for leaf in leaves]
-    if layers is None:
-        for place, leaf in enumerate(leaves):
-            if leaf.ndim > 1:
-                drawn[place] = draw(keys[place], leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
-    else:
-        for layer in layers.found:
-            kernel, *bias = layer.parts(leaves)
-            parts = draw(keys[layer.kernel], kernel), *map(jnp.zeros_like, bias)
-            for place, leaf in layer.leaves(parts, leaves).items():
-                drawn[place] = leaf
-    return jax.tree.unflatten(structure, drawn)
-
-
-def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:
-    r"""Projects points onto a plane, such as where an optimiser came by.
-
-    .. math:: \arg\min_{x, y} \|\theta + x\, d_1 + y\, d_2 - p\|
-
-    Args:
-      center: θ, parameters, any pytree.
-      directions: d₁ and d₂, of the structure and shapes of `center`, not parallel.
-      points: p, likewise.
-
-    Returns:
-      The coordinates x and y of each point, of shape (points, 2), for `optcurv.plane`'s axes.
-
-    Raises:
-      ValueError: if structures or shapes differ, there are not two directions, or they are parallel.
-
-    Example:
-      >>> import jax.numpy as jnp, optcurv
-      >>> axes = jnp.array([2.0, 0.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
-      >>> print(optcurv.plane_coordinates(jnp.zeros(3), axes, [jnp.array([3.0, 1.0, 5.0])]))
-      [[1. 1.]]
-    """
-    _check_two(directions)
-    gram = jnp.array([[optax.tree.vdot(one, other) for one in directions] for other in directions])
-    if not jnp.linalg.det(gram) > 1e-6 * gram[0, 0] * gram[1, 1]:
-        raise ValueError("directions must not be parallel or zero.")
-    slopes = []
-    for point in points:
-        _check_same_layout((center, *directions, point))
-        offset = optax.tree.sub(point, center)
-        slopes.append(jnp.stack([optax.tree.vdot(direction, offset) for direction in directions]))
-    return jnp.linalg.solve(gram, jnp.stack(slopes).T).T
 
 
 def _evaluate(
@@ -333,7 +242,7 @@ def _evaluate(
     if not callable(value_fn):
         raise TypeError(f"value_fn must be a function of params, got {type(value_fn).__name__}.")
     check_count("num_at_once", num_at_once)
-    _check_same_layout(trees)
+    check_same_layout(trees)
 
     rows, batch_size = weights.reshape(-1, len(trees)), num_at_once if num_at_once > 1 else None
     if batches is None:
@@ -394,22 +303,3 @@ def _grid(first: jax.typing.ArrayLike, second: jax.typing.ArrayLike) -> tuple[ja
 def _check_number_of_vertices(vertices: Sequence[PyTree], number: int) -> None:
     if len(vertices) != number:
         raise ValueError(f"vertices must be {number}, got {len(vertices)}.")
-
-
-def _check_two(directions: Sequence[PyTree]) -> None:
-    if len(directions) != 2:
-        raise ValueError(f"directions must be two, got {len(directions)}.")
-
-
-def _check_same_layout(trees: Sequence[PyTree]) -> None:
-    first, *others = (_layout(tree) for tree in trees)
-    for other in others:
-        if first != other:
-            unlike = next(pair for pair in itertools.zip_longest(first, other) if pair[0] != pair[1])
-            raise ValueError(f"All points must have the same structure and shapes; {unlike[0]} is not {unlike[1]}.")
-
-
-def _layout(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]

@@ -72,9 +72,9 @@ def scale_by_edf(
     EDF-H as published may go uphill where the Hessian is indefinite; `info.cosine` shows it. Where no negative
     curvature was met and the direction still goes uphill, it is due to rounding, and the direction for k = 1 is taken.
 
-    The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_value_fn` (the
-    loss on a smaller batch, for the products only; default `value_fn`) and `value` (optional; a loss that is not finite
-    gives a zero update).
+    The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_value_fn`
+    (the loss on a smaller batch, for the products only; default `value_fn`) and `value` (optional; a loss that is not
+    finite gives a zero update).
 
     Args:
       max_iter: k, the number of curvature products, at least 1; a Python int. A step costs 1 + 4k/3 gradients with

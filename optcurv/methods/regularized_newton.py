@@ -55,6 +55,7 @@ def check_regularization(
     growth: Any,
     shrinkage: Any,
 ) -> None:
+    """Raises where an option that these methods share is out of range."""
     check_number(initial_name, initial_size, minimum=0.0, exclusive=True, constant=True)
     check_number("accept_ratio", accept_ratio, minimum=0.0, maximum=1.0)
     check_number(second_name, second_ratio, minimum=0.0, maximum=1.0)

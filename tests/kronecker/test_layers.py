@@ -12,7 +12,7 @@ from flax import nnx
 
 import optcurv
 from optcurv.kronecker.factors import KRONECKER
-from optcurv.kronecker.layers import tap
+from optcurv.kronecker.statistics import tap
 
 N = 5
 
