@@ -10,12 +10,14 @@ from optcurv.kronecker.places import Product
 
 
 def dense_kernel(product: Product, kernel: jax.Array) -> jax.Array:
+    """Arranges a kernel as (stack, in, out)."""
     batch, contracted, free = product.parameter_axes()
     sizes = [math.prod(kernel.shape[axis] for axis in axes) for axes in (batch, contracted, free)]
     return jnp.transpose(kernel, (*batch, *contracted, *free)).reshape(sizes)
 
 
 def dense_inputs(product: Product, activations: jax.Array) -> jax.Array:
+    """Arranges the activations that a kernel multiplies as (stack, ..., in)."""
     contracted, batch = (list(axes[1 if product.comes_first else 0]) for axes in product.params["dimension_numbers"])
     rows = [axis for axis in range(activations.ndim) if axis not in {*contracted, *batch}]
     activations = jnp.transpose(activations, (*batch, *rows, *contracted))
@@ -23,19 +25,21 @@ def dense_inputs(product: Product, activations: jax.Array) -> jax.Array:
 
 
 def dense_outputs(product: Product, outputs: jax.Array) -> jax.Array:
+    """Arranges what a matrix product returns, or the gradients there, as (stack, ..., out)."""
     features = product.feature_axes()
     rest = [axis for axis in range(outputs.ndim) if axis not in features]
     return flattened(jnp.transpose(outputs, (*rest, *features)), len(product.parameter_axes()[0]), len(features))
 
 
 def flattened(array: jax.Array, num_stack: int, num_features: int) -> jax.Array:
-    """Makes one axis of the first so many, and one of the last so many."""
+    """Flattens the first axes of an array, those of the stack, and the last ones, those of the features."""
     last = array.ndim - num_features
     stack, rows, features = array.shape[:num_stack], array.shape[num_stack:last], array.shape[last:]
     return array.reshape(math.prod(stack), *rows, math.prod(features))
 
 
 def convolution_kernel(product: Product, kernel: jax.Array) -> jax.Array:
+    """Arranges a convolution's kernel as (groups, in, out), a patch of the inputs being one input."""
     out_axis, in_axis, *spatial = product.params["dimension_numbers"].rhs_spec
     kernel = jnp.transpose(kernel, (*spatial, in_axis, out_axis))
     return _grouped(product, kernel.reshape(-1, kernel.shape[-1]))

@@ -132,8 +132,8 @@ def scale_by_kronecker(
 
     The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch,
     for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
-    nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
-    the loss would fade but slowly.
+    nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single
+    spike of the loss would fade but slowly.
 
     Args:
       power: p < 0.

@@ -1,4 +1,4 @@
-"""What layers see of a batch: their inputs and the gradients at their outputs; squared gradients of other parameters."""
+"""What a batch shows: inputs of layers, gradients at their outputs, squared gradients of other parameters."""
 
 import functools
 from collections.abc import Callable, Sequence

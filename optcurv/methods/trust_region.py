@@ -75,7 +75,8 @@ def trust_region(
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_value_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a
     step costs one forward pass beyond the products. A loss that is not finite at the trial point rejects the step;
-    where the loss, the gradient or a product at params is not finite, or the gradient is refused, nothing changes at all.
+    where the loss, the gradient or a product at params is not finite, or the gradient is refused, nothing changes at
+    all.
 
     Args:
       norm: M; `optcurv.rmsprop_norm()` (default), `optcurv.adagrad_norm()`, `optcurv.uniform_norm()`,

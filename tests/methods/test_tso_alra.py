@@ -274,7 +274,7 @@ def test_given_layers_make_the_state_for_any_kernel():
 
 @pytest.mark.parametrize(
     ("options", "exponent"),
-    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "labels": optcurv.sample_gaussian_gradients}, 1)],
+    [({}, 0), ({"power": -1.0}, -1), ({"power": -1.0, "sampler": optcurv.sample_gaussian_gradients}, 1)],
     ids=["root", "inverse", "labels drawn"],
 )
 def test_a_loss_c_times_as_large(options, exponent):
