@@ -1,7 +1,6 @@
 """A power of the Kronecker-factored Fisher matrix, as a link in a chain."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from optcurv.arguments import (
 from optcurv.convolutions import with_canonical_convolutions
 from optcurv.curvature import Composite
 from optcurv.kronecker.factors import (
-    BLOCK,
     DIAGONAL,
     KRONECKER,
     Factors,
@@ -39,6 +37,7 @@ from optcurv.kronecker.factors import (
 from optcurv.kronecker.layers import Layers
 from optcurv.kronecker.layers import layers as find_layers
 from optcurv.kronecker.samplers import OutputGradientSampler
+from optcurv.kronecker.sizes import factor_shapes_of, guessed_sizes, sizes_of
 from optcurv.kronecker.statistics import count_examples, pull_back_taps, tap
 from optcurv.sharding import check_splits_rows, mean_over_devices, own_key
 
@@ -212,11 +211,11 @@ def scale_by_kronecker(
     leave_out = () if layers is None else layers.left_out
 
     def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
-        return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
+        return {path: factor_shapes_of(structure, max_factor_size, path, *size) for path, size in sizes.items()}
 
     def init(params: PyTree) -> ScaleByKroneckerState:
         dtype, leaves = wide_dtype(params), _by_path(params)
-        sizes = {} if structure is DIAGONAL else _guessed_sizes(leaves) if layers is None else _sizes(layers)
+        sizes = {} if structure is DIAGONAL else guessed_sizes(leaves) if layers is None else sizes_of(layers)
         factors = {
             path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes(sizes).items()
         }
@@ -247,7 +246,7 @@ def scale_by_kronecker(
             found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
-        shapes = factor_shapes(_sizes(found))
+        shapes = factor_shapes(sizes_of(found))
         factors = {
             layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
             for layer, uses in zip(found.found, taps, strict=True)
@@ -304,7 +303,7 @@ def scale_by_kronecker(
         found = find_layers(curvature_value_fn, params, leave_out=leave_out)
         in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
         alone = [path for path in in_no_layer if jnp.size(gradients[path])]
-        shapes = {} if structure is DIAGONAL else factor_shapes(_sizes(found))
+        shapes = {} if structure is DIAGONAL else factor_shapes(sizes_of(found))
         _check_layers(found, shapes, alone, state)
 
         num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
@@ -372,10 +371,6 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:
-    return {layer.path: (layer.stack, layer.in_size, layer.out_size) for layer in layers.found}
-
-
 def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
     """Whether a statistic of a batch is far beyond its average; its largest entry is a matrix's largest variance."""
 
@@ -384,24 +379,6 @@ def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
 
     outliers = map(beyond, jax.tree.leaves(now), jax.tree.leaves(before))
     return functools.reduce(jnp.logical_or, outliers, jnp.zeros((), bool))
-
-
-def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
-    """Takes every array of several axes for the kernel of a layer whose outputs are the last."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves.items() if jnp.size(leaf)}
-    return {path: (1, math.prod(shape[:-1]), shape[-1]) for path, shape in shapes.items() if len(shape) > 1}
-
-
-def _factor_shapes(
-    structure: Structure, max_size: int, path: str, stack: int, in_size: int, out_size: int
-) -> list[tuple[int, ...]]:
-    sizes = structure.sizes(in_size + 1, out_size)
-    if structure is BLOCK and sizes[0] > max_size:
-        raise ValueError(
-            f"The block of {path} would be a matrix of {sizes[0]} x {sizes[0]}, above max_factor_size = {max_size}: "
-            "use optcurv.KRONECKER, or raise the limit."
-        )
-    return [(stack, size, size) if size <= max_size else (stack, size) for size in sizes]
 
 
 def _check_layers(
