@@ -169,16 +169,16 @@ CONSTRUCTORS = [
         r"layers must be what optcurv\.layers\(value_fn, params\) returns",
     ),
     Wrong(
-        "kronecker-labels-an-array",
+        "kronecker-sampler-an-array",
         lambda: optcurv.scale_by_kronecker(sampler=jnp.zeros(3)),
         TypeError,
-        r"labels must be a function of \(key, outputs\), .*got an array float32\(3,\)",
+        r"sampler must be a function of \(key, outputs\), .*got an array float32\(3,\)",
     ),
     Wrong(
-        "kronecker-labels-of-one-argument",
+        "kronecker-sampler-of-one-argument",
         lambda: optcurv.scale_by_kronecker(sampler=lambda logits: logits),
         TypeError,
-        r"labels must be a function of \(key, outputs\)",
+        r"sampler must be a function of \(key, outputs\)",
     ),
     Wrong(
         "kronecker-structure-name",
