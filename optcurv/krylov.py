@@ -84,7 +84,7 @@ def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.
         u = optax.tree.add_scale(matvec(v), shift, v)
         alpha = jnp.asarray(optax.tree.vdot(v, u))
         u = optax.tree.add_scale(optax.tree.add_scale(u, -alpha, v), -beta, v_old)
-        beta_old, beta = jnp.where(number == 0, 0.0, beta), optax.tree.norm(u)
+        beta_old, beta = beta if number > 0 else jnp.zeros_like(beta), optax.tree.norm(u)
         square = square + alpha**2 + beta_old**2 + beta**2
         operator_norm = jnp.sqrt(square)
         beta = jnp.where(beta <= 10 * epsilon * operator_norm, 0.0, beta)
@@ -115,7 +115,7 @@ def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.
         v_old = v
         steps_used = steps_used + ~done
         negative = negative | (~done & (residual_curvature < -1000 * epsilon * operator_norm))
-        first_step = jnp.where(number == 0, alpha * inverse(rho_1**2), first_step)
+        first_step = first_step if number > 0 else alpha * inverse(rho_1**2)
         # Fused across steps, the unrolled recurrence would take XLA a time quadratic in their number.
         x, q, q_old, u, v_old, beta, residual = jax.lax.optimization_barrier((x, q, q_old, u, v_old, beta, residual))
 
