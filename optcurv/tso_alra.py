@@ -41,7 +41,7 @@ from optcurv.switching import SwitchRule, switch
 from optcurv.taps import Layers, count_examples, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
-_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in
+_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in at once
 
 
 class KroneckerInfo(NamedTuple):
@@ -73,6 +73,7 @@ class ScaleByKroneckerState(NamedTuple):
       count: steps taken.
       key: of the sampled labels, as key data.
       weight: what the averages' weights sum to; less than one at first.
+      suspect: whether averages began anew far above what they were, and no batch far below them has come since.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -82,6 +83,7 @@ class ScaleByKroneckerState(NamedTuple):
     count: jax.typing.ArrayLike
     key: jax.Array
     weight: jax.Array
+    suspect: jax.Array
     factors: dict[str, Factors]
     squares: dict[str, jax.Array]
     powers: Powers
@@ -130,8 +132,9 @@ def scale_by_kronecker(
 
     The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
     factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
-    those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single spike of
-    the loss would fade but slowly.
+    those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but slowly.
+    Where they come twice in a row, those averages begin anew from the second batch; and if that was a spike too, again
+    from the next batch that falls as far below them.
 
     Args:
       power: p < 0.
@@ -223,6 +226,7 @@ def scale_by_kronecker(
             count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
+            suspect=false(),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
@@ -253,17 +257,25 @@ def scale_by_kronecker(
         before: tuple[dict[str, Factors], dict[str, jax.Array]],
         params: PyTree,
         gradients: dict[str, jax.Array],
-    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array]:
-        """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
+    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
+        """Averages a batch into factors and squares.
+
+        Returns them with their weight, whether they are suspect, and whether the batch was refused.
+        """
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         factors = measure(value_fn, key, params) if before[0] else {}
         now = factors, {path: num_examples * gradients[path] ** 2 for path in before[1]}
-        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
-        outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
-        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~outlier
+        like_this = optax.tree.scale(state.weight, now)  # the averages, had all batches been like this one
+        jumps, falls = jax.tree.map(_far_above, like_this, before), jax.tree.map(_far_above, before, like_this)
+        anew = jax.tree.map(lambda jump, fall: jump | (fall & state.suspect), jumps, falls)
+        start = jax.tree.map(jnp.where, anew, like_this, before)
+        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start, now)
+        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~(_any(jumps) & ~state.info.refused)
         factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
-        return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight), ~usable
+        weight = jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
+        suspect = jnp.where(usable, _any(jumps) | (state.suspect & ~_any(falls)), state.suspect)
+        return factors, squares, weight, suspect, ~usable
 
     def precondition(
         found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
@@ -303,10 +315,10 @@ def scale_by_kronecker(
         num_examples = count_examples(value_fn, params, batch_size) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
         average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
-        factors, squares, weight, refused = jax.lax.cond(
+        factors, squares, weight, suspect, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (*before, state.weight, state.info.refused),
+            lambda _: (*before, state.weight, state.suspect, state.info.refused),
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
@@ -346,6 +358,7 @@ def scale_by_kronecker(
             count=optax.safe_increment(state.count),
             key=state.key,
             weight=weight,
+            suspect=suspect,
             factors=state.factors | factors,
             squares=state.squares | squares,
             powers=powers,
@@ -371,14 +384,13 @@ def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:
     return {layer.path: (layer.stack, layer.in_size, layer.out_size) for layer in layers.found}
 
 
-def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
-    """Whether a statistic of a batch is far beyond its average; its largest entry is a matrix's largest variance."""
+def _far_above(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Whether a statistic is far above another that is not zero; its largest entry is a matrix's largest variance."""
+    return (jnp.max(other) > 0) & (jnp.max(one) > _OUTLIER * jnp.max(other))
 
-    def beyond(now: jax.Array, before: jax.Array) -> jax.Array:
-        return (jnp.max(before) > 0) & (weight * jnp.max(now) > _OUTLIER * jnp.max(before))
 
-    outliers = map(beyond, jax.tree.leaves(now), jax.tree.leaves(before))
-    return functools.reduce(jnp.logical_or, outliers, jnp.zeros((), bool))
+def _any(tree: PyTree) -> jax.Array:
+    return functools.reduce(jnp.logical_or, jax.tree.leaves(tree), jnp.zeros((), bool))
 
 
 def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
