@@ -2,7 +2,7 @@
 
 from optcurv.accumulation import accumulate
 from optcurv.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
-from optcurv.curvature import Composite, gauss_newton_product, hessian_product
+from optcurv.curvature import Composite, gauss_newton_product, hessian_product, nnx_value_fn
 from optcurv.devices import state_shardings
 from optcurv.diagnostics import diagnostics
 from optcurv.edf import edf, scale_by_edf, scale_by_nesterov_flow
@@ -79,6 +79,7 @@ __all__ = [
     "line",
     "masked",
     "minres",
+    "nnx_value_fn",
     "on_plateau",
     "pal",
     "plane",

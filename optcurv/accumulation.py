@@ -85,5 +85,10 @@ class _Accumulated(Composite):
         del ignored  # what optax's line searches hand on
         return self.value_fn(params)
 
+    def of(self, params_from: Callable[[Any], PyTree]) -> "_Accumulated":
+        """Returns the loss as a function of what `params_from` makes the parameters of."""
+        value_fn = lambda given: self.value_fn(params_from(given))  # noqa: E731
+        return dataclasses.replace(self, model_fn=super().of(params_from).model_fn, value_fn=value_fn)
+
 
 jax.tree_util.register_dataclass(_Accumulated, data_fields=["model_fn", "loss_fn", "value_fn"], meta_fields=["has_aux"])

@@ -1,5 +1,6 @@
 """What every method does with its arguments: checks, schedules, accumulation dtype."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -17,21 +18,32 @@ ValueFn: TypeAlias = Callable[..., Any]
 
 
 def check_number(
-    name: str, value: Any, *, minimum: float = -math.inf, maximum: float = math.inf, exclusive: bool = False
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    exclusive: bool = False,
+    constant: bool = False,
 ) -> None:
     """Raises `ValueError` if a plain number lies outside `[minimum, maximum]`, or on an `exclusive` minimum.
 
-    Schedules and traced values (`optax.inject_hyperparams`) have no value yet and pass.
+    A schedule is checked for its one argument only, and refused where the number must be `constant`. Traced values
+    (`optax.inject_hyperparams`) pass, as they are not known yet.
     """
-    if callable(value) or isinstance(value, jax.Array):
+    if isinstance(value, jax.Array):
+        return
+    if callable(value) and not constant:
+        check_function(name, value, "count", "if it is no number, as optax's schedules are")
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+        kind = "a number" if constant else "a number or a schedule"
+        raise TypeError(f"{name} must be {kind}, got {describe(value)}.")
     below = value <= minimum if exclusive else value < minimum
     if below or value > maximum or not math.isfinite(value):
-        lower = f"{'>' if exclusive else '>='} {minimum:g}"
+        lower = "" if minimum == -math.inf else f", {'>' if exclusive else '>='} {minimum:g}"
         upper = f" and <= {maximum:g}" if maximum < math.inf else ""
-        raise ValueError(f"{name} must be finite, {lower}{upper}, got {value!r}.")
+        raise ValueError(f"{name} must be finite{lower}{upper}, got {value!r}.")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -44,36 +56,186 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def required_value_fn(method: str, params: PyTree, value_fn: ValueFn | None) -> ValueFn:
-    """Returns `value_fn`; raises if `update` of `method` was called without it or without params."""
+def check_function(name: str, value: Any, arguments: str, remedy: str) -> None:
+    """Raises `TypeError` unless `value` can be called with these positional arguments, such as "key, outputs"."""
+    problem = "" if callable(value) else "it cannot be called"
+    try:
+        inspect.signature(value).bind(*arguments.split(", "))
+    except ValueError:  # some functions written in C do not show their arguments
+        pass
+    except TypeError as error:
+        problem = problem or str(error)
+    if problem:
+        raise TypeError(f"{name} must be a function of ({arguments}), {remedy}; got {describe(value)}: {problem}.")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises `TypeError` unless `value` is an optax transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise TypeError(f"{name} must be an optax transformation such as optax.adam(1e-3), got {describe(value)}.")
+
+
+def checked(
+    method: str,
+    init: optax.TransformInitFn,
+    update: Callable[..., tuple[PyTree, PyTree]],
+    *,
+    needs_loss: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation of `init` and `update` whose `update` first checks what it is called with.
+
+    Everything is checked while the update is traced, so that a compiled step pays nothing. Where params hold no number,
+    as in an empty group of `optax.partition`, there is nothing to optimise: updates and state are returned as they are,
+    as optax's own optimisers do.
+
+    Args:
+      method: its name, for the messages.
+      init: of the transformation. What it makes of the parameters tells whether a state belongs to them.
+      update: of the transformation.
+      needs_loss: whether `update` cannot do without `params` and `value_fn`; all leaves must then be real and floating.
+
+    Raises:
+      ValueError: if params are missing or the gradients or the state do not fit them.
+      TypeError: if another argument is missing or has the wrong type.
+    """
+
+    def checked_update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        given = {name: value for name, value in extra_args.items() if value is not None}
+        like = updates if params is None else params
+        if needs_loss:
+            _check_loss(method, params, given)
+        check_like("updates", updates, like)
+        if not any(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(updates)):
+            return updates, state
+        gradients = {"updates": updates} | ({"grad": given["grad"]} if "grad" in given else {})
+        for name, tree in gradients.items():
+            check_like(name, tree, like)
+        if needs_loss:
+            for name, tree in ({"params": params} | gradients).items():
+                _check_real(name, tree)
+        for name in {"value", "monitored_value"} & set(given):
+            _check_scalar(name, given[name])
+        _check_state(method, state, init, like)
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, checked_update)
+
+
+def _check_loss(method: str, params: PyTree, given: dict[str, Any]) -> None:
     call = "update(updates, state, params, value_fn=loss)"
     if params is None:
         raise ValueError(f"{method} needs params: call {call}.")
-    if value_fn is None:
+    if "value_fn" not in given:
         raise TypeError(
             f"{method} needs the extra argument value_fn, the loss as a function of params: call {call}. "
             "(If you did, a wrapper dropped it: optax.chain around optax.MultiSteps or optax.lookahead does; "
             "put such a wrapper outermost.)"
         )
-    return value_fn
+    for name in {"value_fn", "curvature_fn"} & set(given):
+        remedy = f"with the batch in its closure, as in {name}=lambda params: loss(params, batch)"
+        check_function(name, given[name], "params", remedy)
+
+
+def check_like(name: str, tree: PyTree, params: PyTree) -> None:
+    """Raises `ValueError` unless a tree has the structure of the parameters and their shapes."""
+    difference = _difference(name, tree, "params", params)
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    if not difference and structure != expected:
+        difference = f"{name} has the structure {structure}, and params {expected}"
+    if difference:
+        raise ValueError(
+            f"{name} must have the structure and the shapes of params, but {difference}. Pass the gradient at these "
+            "params, as in update(gradient, state, params, value_fn=loss)."
+        )
+
+
+def _check_state(method: str, state: PyTree, init: optax.TransformInitFn, params: PyTree) -> None:
+    difference = _difference("state", state, "init(params)", jax.eval_shape(init, params))
+    if difference:
+        raise ValueError(
+            f"state must be one that {method} made for these params, but {difference}. Make it anew, with "
+            "state = optimizer.init(params)."
+        )
+
+
+def _difference(name: str, tree: PyTree, like_name: str, like: PyTree) -> str:
+    """Describes the first leaf in whose place or shape two trees differ; empty if there is none."""
+    shapes, expected = (
+        {path_name(path): tuple(getattr(leaf, "shape", ())) for path, leaf in jax.tree_util.tree_leaves_with_path(each)}
+        for each in (tree, like)
+    )
+    for path in expected | shapes:
+        if path not in shapes:
+            return f"{like_name}{path} has no counterpart in {name}"
+        if path not in expected:
+            return f"{name}{path} has no counterpart in {like_name}"
+        if shapes[path] != expected[path]:
+            return f"{name}{path} has the shape {shapes[path]}, and {like_name}{path} {expected[path]}"
+    return ""
+
+
+def _check_real(name: str, tree: PyTree) -> None:
+    """Raises `TypeError` unless all leaves are real floating-point numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = _typeof(leaf)
+        if array is not None and jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError("Parameters must be real; make real and imaginary parts leaves of their own.")
+        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}{path_name(path)} must hold real floating-point numbers, got {describe(leaf)}. Mask such "
+                "leaves, see optcurv.masked, or keep them in the closure of the loss."
+            )
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    """Raises `TypeError` unless `value` is one real number."""
+    array = _typeof(value)
+    kinds = (jnp.floating, jnp.integer)
+    if array is None or array.shape != () or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"{name} must be the loss, a real scalar, got {describe(value)}. Where the loss comes with auxiliary "
+            "output, as a pair (loss, aux), pass the loss alone."
+        )
+
+
+def _typeof(value: Any) -> Any:
+    """Returns the JAX type of an array or a number, and None for anything else."""
+    try:
+        return jax.typeof(value)
+    except TypeError:
+        return None
+
+
+def describe(value: Any) -> str:
+    """Names a value in a message: an array by its type, a function by its name, anything else in short."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{value.shape}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def scalar_fn(value_fn: ValueFn) -> Callable[[PyTree], jax.Array]:
     """Returns `value_fn` without its auxiliary output, checked to be a real scalar."""
     if not callable(value_fn):
-        raise TypeError(f"The loss must be a function of params, got {type(value_fn).__name__}.")
+        raise TypeError(f"The loss must be a function of params, got {describe(value_fn)}.")
 
     def scalar(params: PyTree) -> jax.Array:
         value = value_fn(params)
         if isinstance(value, tuple) and len(value) == 2:
             value, _ = value
-        value = jnp.asarray(value)
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        array = _typeof(value)
+        if array is None or array.shape != () or not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(
-                f"The loss must be a real scalar, or a pair whose first is one, got {value.dtype}{value.shape}. "
+                f"The loss must be a real scalar, or a pair (loss, aux) whose first is one, got {describe(value)}. "
                 "Reduce per-example losses, for example with .mean()."
             )
-        return value
+        return jnp.asarray(value)
 
     return scalar
 

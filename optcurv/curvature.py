@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, ValueFn, scalar_fn
+from optcurv.arguments import PyTree, ValueFn, check_function, describe, scalar_fn
 from optcurv.jaxpr import with_canonical_convolutions
 
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
@@ -40,7 +40,8 @@ class Composite:
         `jax.value_and_grad(..., has_aux=True)` expects.
 
     Raises:
-      TypeError: if `model_fn` or `loss_fn` is not callable.
+      TypeError: if `model_fn` or `loss_fn` is no function of one argument; when called, if `has_aux` does not say what
+        `model_fn` returns.
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
@@ -59,24 +60,99 @@ class Composite:
     has_aux: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("model_fn", "loss_fn"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"Composite.{name} must be a function, got {getattr(self, name)!r}.")
+        check_function("Composite.model_fn", self.model_fn, "params", "with the inputs in its closure")
+        check_function("Composite.loss_fn", self.loss_fn, "outputs", "with the labels in its closure")
 
-    def __call__(self, params: PyTree, *, curvature_fn: ValueFn | None = None, monitored_value: Any = None) -> Any:
+    def __call__(self, params: PyTree, curvature_fn: ValueFn | None = None, monitored_value: Any = None) -> Any:
         """Returns the loss at `params`, or `(loss, aux)` with `has_aux`.
 
         The other arguments are ignored. They are named here because optax's line searches hand every extra argument of
-        `update` on to `value_fn` and reject those it does not name.
+        `update` on to `value_fn` and reject those it does not name; and not by keyword only, because
+        `nnx.value_and_grad` differentiates no function with such arguments.
         """
-        del curvature_fn, monitored_value
+        if curvature_fn is not None:  # as in loss(params, batch)
+            check_function("curvature_fn", curvature_fn, "params", "and the loss has the batch in its closure")
+        del monitored_value
+        outputs, aux = self.outputs_and_aux(params)
+        value = self.loss_of_outputs(outputs)
+        return (value, aux) if self.has_aux else value
+
+    def outputs_and_aux(self, params: PyTree) -> tuple[PyTree, Any]:
+        """Returns the model's outputs, and its auxiliary output or None."""
+        result = self.model_fn(params)
         if not self.has_aux:
-            return self.loss_fn(self.model_fn(params))
-        outputs, aux = self.model_fn(params)
-        return self.loss_fn(outputs), aux
+            return result, None
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "With has_aux=True, Composite.model_fn must return a pair (outputs, aux), got "
+                f"{describe(result)}. If it returns the outputs alone, leave has_aux out."
+            )
+        return result
+
+    def loss_of_outputs(self, outputs: PyTree) -> Any:
+        """Returns the loss; where it fails on a pair, says that this may be for want of `has_aux`."""
+        try:
+            return self.loss_fn(outputs)
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            if self.has_aux or not (type(outputs) is tuple and len(outputs) == 2):
+                raise
+            raise TypeError(
+                "Composite.loss_fn failed on the pair that model_fn returned, see above. If the second of the two is "
+                "auxiliary output, such as Flax's batch_stats, say Composite(..., has_aux=True)."
+            ) from error
+
+    def of(self, params_from: Callable[[Any], PyTree]) -> "Composite":
+        """Returns the loss as a function of what `params_from` makes the parameters of."""
+        return dataclasses.replace(self, model_fn=lambda given: self.model_fn(params_from(given)))
 
 
 jax.tree_util.register_dataclass(Composite, data_fields=["model_fn", "loss_fn"], meta_fields=["has_aux"])
+
+
+def nnx_value_fn(loss_of_model: ValueFn, model: Any, wrt: Any = None) -> ValueFn:
+    """Makes the `value_fn` of a Flax nnx model from a loss of the model itself, as `nnx.value_and_grad` takes it.
+
+    The result is a function of `nnx.state(model, wrt)`, which `nnx.Optimizer` hands to an optimiser as params. Each
+    evaluation uses a copy of the model as it is now: all draw the same dropout masks, and what they change, such as
+    BatchNorm's statistics, is discarded with the copy. Make it inside the jitted step, before your own forward pass,
+    which moves the model's random keys on.
+
+    Args:
+      loss_of_model: maps the model to a scalar, or to a pair (scalar, aux). A `Composite` whose `model_fn` maps the
+        model to its outputs stays one.
+      model: the `nnx.Module`.
+      wrt: the filter that tells parameters from the rest, the same as the optimiser's; default `nnx.Param`.
+
+    Returns:
+      The loss as a function of the parameters.
+
+    Raises:
+      TypeError: if `loss_of_model` is no function of one argument.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optcurv.edf(1.0, 3, damping_scale=0.0), wrt=nnx.Param)
+      >>> x, y = jnp.array([[1.0, 2.0], [3.0, 5.0], [4.0, 4.0]]), jnp.array([[1.0], [2.0], [3.0]])
+      >>> loss = optcurv.Composite(lambda model: model(x), lambda outputs: jnp.mean((outputs - y) ** 2))
+      >>> value_fn = optcurv.nnx_value_fn(loss, model)
+      >>> value, grads = nnx.value_and_grad(loss)(model)
+      >>> updates = optimizer.update(model, grads, value=value, value_fn=value_fn)
+      >>> print(loss(model).round(4))
+      0.0
+    """
+    from flax import nnx  # not needed by anything else in this package
+
+    check_function("loss_of_model", loss_of_model, "model", "with the batch in its closure")
+    graph, _, rest = nnx.split(nnx.clone(model), nnx.Param if wrt is None else wrt, ...)
+
+    def merged(params: PyTree) -> Any:
+        return nnx.merge(graph, params, rest, copy=True)
+
+    if isinstance(loss_of_model, Composite):
+        return loss_of_model.of(merged)
+    return lambda params: loss_of_model(merged(params))
 
 
 def hessian_product(value_fn: ValueFn, params: PyTree) -> MatVec:
@@ -118,7 +194,8 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
       The product, a function of a pytree like `params` that keeps the dtype of its argument.
 
     Raises:
-      TypeError: if the loss is not a `Composite`; when traced, if its `loss_fn` does not return a real scalar.
+      TypeError: if the loss is not a `Composite`; when traced, if its `loss_fn` does not return a real scalar, or if
+        its model has a `jax.custom_vjp`.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -137,12 +214,9 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
             "    )\n"
             "or choose curvature=optcurv.hessian_product, which takes any closure."
         )
-    if composite.has_aux:
-        outputs, jacobian_product, _ = jax.linearize(composite.model_fn, params, has_aux=True)
-    else:
-        outputs, jacobian_product = jax.linearize(composite.model_fn, params)
+    outputs, jacobian_product, _ = jax.linearize(composite.outputs_and_aux, params, has_aux=True)
     transposed_product = jax.linear_transpose(jacobian_product, params)
-    loss_hessian_product = hessian_product(composite.loss_fn, outputs)
+    loss_hessian_product = hessian_product(composite.loss_of_outputs, outputs)
 
     def product(vector: PyTree) -> PyTree:
         (result,) = transposed_product(loss_hessian_product(jacobian_product(vector)))

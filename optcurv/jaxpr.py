@@ -52,6 +52,12 @@ def _rewritten(jaxpr: Any) -> Any:
 
 
 def _rewritten_equation(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+    if eqn.primitive.name == "custom_lin":  # JAX itself would raise, but under jit not before it compiles
+        raise TypeError(
+            "This product differentiates the model forwards, and a function in it has only the backward derivative of "
+            "jax.custom_vjp. Define it by jax.custom_jvp, which serves both directions, or choose "
+            "curvature=optcurv.hessian_product."
+        )
     if eqn.primitive.name == "conv_general_dilated":
         dimensions = eqn.params["dimension_numbers"]
         return [eqn] if dimensions == _canonical_dimensions(len(dimensions.lhs_spec)) else _canonical_equations(eqn)
@@ -169,45 +175,58 @@ class View(NamedTuple):
         return self.sliced, [(eqn.primitive.name, _shape(eqn.outvars[0]), str(eqn.params)) for eqn in self.moves]
 
 
-@dataclasses.dataclass
-class Product:
-    """A place where parameters multiply activations, in a matrix product or a convolution.
+@dataclasses.dataclass(kw_only=True)
+class Place:
+    """A place where parameters meet activations.
 
     Attributes:
-      primitive: `dot_general` or `conv_general_dilated`.
-      params: of the equation.
-      views: the parameters that make up the operand, side by side along `axis` if there are several.
-      axis: of the operand.
-      shape: of the operand.
-      comes_first: whether the parameters are the left operand.
-      out: shape and dtype of the result.
-      bias: the parameters added to the result, if any, as `views`.
+      views: the parameters.
+      name: of the primitive.
+      out: shape and dtype of what a probe is added to.
       lengths: of every `scan` around, outermost first.
       micro_batches: for each of those scans, whether its iterations see other examples each.
       mesh_axes: of a `shard_map` around, those along which the result differs.
     """
 
-    primitive: str
-    params: dict[str, Any]
     views: tuple[View, ...]
-    axis: int | None
-    shape: tuple[int, ...]
-    comes_first: bool
+    name: str
     out: jax.ShapeDtypeStruct
-    bias: tuple[View, ...] = ()
     lengths: tuple[int, ...] = ()
     micro_batches: tuple[bool, ...] = ()
     mesh_axes: tuple[str, ...] = ()
 
+
+@dataclasses.dataclass(kw_only=True)
+class Product(Place):
+    """Parameters multiply activations in a matrix product or a convolution; the probe is added to the result.
+
+    Attributes:
+      params: of the equation.
+      axis: of the operand, along which several parameters that make it up are side by side.
+      shape: of the operand.
+      comes_first: whether the parameters are the left operand.
+      bias: the parameters added to the result, if any, as `views`.
+    """
+
+    params: dict[str, Any]
+    axis: int | None
+    shape: tuple[int, ...]
+    comes_first: bool
+    bias: tuple[View, ...] = ()
+
     @property
     def is_convolution(self) -> bool:
         """Whether it is one, or else a matrix product."""
-        return self.primitive == "conv_general_dilated"
+        return self.name == "conv_general_dilated"
 
     def parameter_axes(self) -> tuple[list[int], list[int], list[int]]:
         """Returns the axes of the parameters' operand that a matrix product stacks, sums over and leaves."""
         contracted, batch = (list(axes[0 if self.comes_first else 1]) for axes in self.params["dimension_numbers"])
         return batch, contracted, [axis for axis in range(len(self.shape)) if axis not in {*batch, *contracted}]
+
+    def stack_axes(self) -> list[int]:
+        """Returns the axes of the result that tell a stack of matrix products apart."""
+        return [] if self.is_convolution else list(range(len(self.parameter_axes()[0])))
 
     def feature_axes(self) -> list[int]:
         """Returns the axes of the result that the parameters bring into it."""
@@ -218,26 +237,53 @@ class Product:
         return list(range(first, first + len(free)))
 
 
-class Recording(NamedTuple):
-    """A function taken apart where its parameters multiply activations.
+@dataclasses.dataclass(kw_only=True)
+class Spread(Place):
+    """A parameter is repeated along activations, such as a scale or an offset; the probe is added to the repeated one.
+
+    Its activations are the derivative of what is repeated by the parameter, entry by entry: ones for the parameter
+    itself, or what one operation or another on each entry makes of it.
 
     Attributes:
-      products: the places.
-      lost: for each leaf, what else it goes into.
-      evaluate: maps parameters and one array for each product, added to its result, to the function's value and the
-        activations of each product; the iterations of every `scan` around are leading axes of both.
+      axes: of the result, along which the parameter is not repeated.
     """
 
-    products: list[Product]
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Lookup(Place):
+    """Rows of a parameter are looked up, as in an embedding; the probe is added to them, the activations are indices.
+
+    Attributes:
+      mode: what becomes of an index out of bounds.
+    """
+
+    mode: Any
+
+
+class Recording(NamedTuple):
+    """A function taken apart where its parameters meet activations.
+
+    Attributes:
+      places: where they do in a way that is understood.
+      lost: for each leaf, what else it goes into.
+      penalties: for each leaf, what it goes into on the way to a number added to the result, without any activations.
+      evaluate: maps parameters and one probe for each place, an array added there, to the function's value and the
+        activations of each place; the iterations of every `scan` around are leading axes of both.
+    """
+
+    places: list[Place]
     lost: dict[int, set[str]]
+    penalties: dict[int, set[str]]
     evaluate: Callable[[Any, list[jax.Array]], tuple[Any, list[jax.Array]]]
 
 
-def record_products(fn: Callable[[Any], Any], params: Any) -> Recording:
-    """Finds where a function's parameters multiply activations, in whatever library it was written.
+def record_places(fn: Callable[[Any], Any], params: Any) -> Recording:
+    """Finds where a function's parameters meet activations, in whatever library it was written.
 
     Looks into `jit`, `jax.checkpoint`, custom derivatives and `scan`. A parameter is followed through what only
-    rearranges it or casts it, and through concatenation.
+    rearranges it or casts it, through concatenation, and through what is done to each of its entries alone.
     """
     traced, out_shape = jax.make_jaxpr(fn, return_shape=True)(params)
     invars = getattr(traced, "jaxpr", traced).invars
@@ -246,7 +292,9 @@ def record_products(fn: Callable[[Any], Any], params: Any) -> Recording:
 
     def run(params: Any, probes: list[jax.Array] | None) -> tuple[Any, _Recorder]:
         recorder = _Recorder(counts, probes)
-        results, _ = recorder.walk(traced, jax.tree.leaves(params), marks)
+        results, result_marks = recorder.walk(traced, jax.tree.leaves(params), marks)
+        for mark in result_marks:
+            _note(recorder.penalties, _sources(mark, "the result"))
         return jax.tree.unflatten(jax.tree.structure(out_shape), results), recorder
 
     def evaluate(params: Any, probes: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
@@ -255,12 +303,16 @@ def record_products(fn: Callable[[Any], Any], params: Any) -> Recording:
 
     found: list[_Recorder] = []
     jax.eval_shape(lambda params: found.append(run(params, None)[1]), params)
-    return Recording(found[-1].products, found[-1].lost, evaluate)
+    return Recording(found[-1].places, found[-1].lost, found[-1].penalties, evaluate)
 
 
-_MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim"}
+_MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim", "rev"}
 _CASTS = {"convert_element_type", "copy", "name", "pvary"}
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
+_ENTRYWISE = {
+    *{"add", "sub", "mul", "div", "neg", "max", "min", "pow", "integer_pow", "square", "abs", "sqrt", "rsqrt"},
+    *{"exp", "log", "log1p", "expm1", "tanh", "logistic"},
+}
 
 
 class _Joined(NamedTuple):
@@ -270,14 +322,40 @@ class _Joined(NamedTuple):
     axis: int
 
 
+class _Entrywise(NamedTuple):
+    """What operations on each entry alone make of a parameter, and its derivative by the parameter."""
+
+    view: View
+    derivative: jax.Array
+    name: str  # of the first operation
+
+
+class _Function(NamedTuple):
+    """Any other function of parameters alone; for each leaf, what it goes into first."""
+
+    sources: dict[int, str]
+
+
+class _Result(NamedTuple):
+    """The result of a product, perhaps rearranged.
+
+    For each of its axes, the place among the stack and the features of the product, or None for a row; places are
+    compared as tuples are.
+    """
+
+    product: Product
+    places: tuple[tuple[int, ...] | None, ...]
+
+
 class _Recorder:
-    """Evaluates a jaxpr; values may carry a mark: a `View`, a `_Joined`, or the `Product` they are the result of."""
+    """Evaluates a jaxpr; values may carry a mark: one of the above, or a `View`."""
 
     def __init__(self, counts: dict[int, int], probes: list[jax.Array] | None) -> None:
-        self.products: list[Product] = []
+        self.places: list[Place] = []
         self.activations: list[jax.Array] = []
         self.lost: dict[int, set[str]] = {}
-        self._counts = counts  # of the products inside each scan, by the identity of its equation
+        self.penalties: dict[int, set[str]] = {}
+        self._counts = counts  # of the places inside each scan, by the identity of its equation
         self._probes = probes
 
     def walk(self, jaxpr: Any, values: Sequence[Any], marks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -305,36 +383,65 @@ class _Recorder:
 
     def _equation(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
         name = eqn.primitive.name
-        parameters = [mark for mark in marks if isinstance(mark, View | _Joined)]
         if name in _CASTS:
-            return _bind(eqn, values), marks
-        if not parameters:
+            return _bind(eqn, values), [_alike(eqn, mark) for mark in marks]
+        if name == "stop_gradient":
             return _bind(eqn, values), []
-        if name in _CALLS:
+        if any(map(_views, marks)) and name in _CALLS:
             (jaxpr,) = (value for value in eqn.params.values() if _is_jaxpr(value))
             return self.walk(jaxpr, values, marks)
-        if name == "scan":
+        if name == "scan" and any(_sources(mark, name) for mark in marks):
             return self._scan(eqn, values, marks), []
-        if name in _MOVES:
-            mark = _moved(eqn, marks[0])
-        elif name == "concatenate":
-            mark = _Joined(tuple(marks), eqn.params["dimension"]) if all(isinstance(m, View) for m in marks) else None
-        elif name in {"dot_general", "conv_general_dilated"}:
-            mark = _product(eqn, marks)
+        mark = _rearranged(eqn, marks)
+        if mark is None and any(_sources(mark, name) for mark in marks):
+            return self._meeting(eqn, values, marks)
+        return _bind(eqn, values), [_alike(eqn, mark)]
+
+    def _meeting(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Parameters meet activations, or one another."""
+        name = eqn.primitive.name
+        place = _product(eqn, marks) or _lookup(eqn, marks)
+        if place is not None:
+            self._lose(eqn, [None if _views(mark) == place.views else mark for mark in marks])
+            (result,) = _bind(eqn, values)
+            if isinstance(place, Product):
+                return [self._record(place, values[place.comes_first], result)], [_result(place)]
+            return [self._record(place, values[1][..., 0], result)], []
+        if name == "add" and _is_bias(eqn, marks):
+            return _bind(eqn, values), []
+        if name in {"add", "sub"} and _is_penalty(eqn, marks):
+            for mark in marks:
+                _note(self.penalties, _sources(mark, name))
+            return _bind(eqn, values), []
+        if _is_of_parameters_alone(eqn, marks):
+            return _bind(eqn, values), [_applied(eqn, values, marks)] * len(eqn.outvars)
+        return _bind(eqn, [self._spread(eqn, i, value, marks[i]) for i, value in enumerate(values)]), []
+
+    def _record(self, place: Place, activations: jax.Array, value: jax.Array) -> jax.Array:
+        """Notes a place and its activations; returns the value with its probe."""
+        self.places.append(place)
+        self.activations.append(activations)
+        return value if self._probes is None else value + self._probes[len(self.places) - 1]
+
+    def _lose(self, eqn: core.JaxprEqn, marks: Sequence[Any]) -> None:
+        for mark in marks:
+            _note(self.lost, _sources(mark, eqn.primitive.name))
+
+    def _spread(self, eqn: core.JaxprEqn, place: int, value: Any, mark: Any) -> Any:
+        """Returns an operand with a probe if it is a parameter repeated along activations; otherwise it is lost."""
+        axes = _own_axes(eqn, place, mark)
+        if axes is None:
+            self._lose(eqn, [mark])
+            return value
+        shape = _shape(eqn.outvars[0] if eqn.primitive.name in _ENTRYWISE else eqn.invars[place])
+        if isinstance(mark, _Entrywise):
+            view, name = mark.view, mark.name
+            derivative = mark.derivative.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
         else:
-            mark = None
-            if name == "add" and _is_bias(eqn, marks):
-                return _bind(eqn, values), []
-        results = _bind(eqn, values)
-        if mark is None:
-            for view in (view for mark in parameters for view in _views(mark)):
-                self.lost.setdefault(view.leaf, set()).add(name)
-        if isinstance(mark, Product):
-            self.products.append(mark)
-            self.activations.append(values[mark.comes_first])
-            if self._probes is not None:
-                results = [results[0] + self._probes[len(self.products) - 1]]
-        return results, [mark]
+            view, name, derivative = _unrepeated(mark), eqn.primitive.name, jnp.ones([1] * len(shape))
+        out, varying = jax.ShapeDtypeStruct(shape, value.dtype), _mesh_axes(eqn.invars[place])
+        spread = Spread(views=(view,), name=name, out=out, mesh_axes=varying, axes=axes)
+        return self._record(spread, derivative, jnp.broadcast_to(value, shape))
 
     def _scan(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> list[Any]:
         """Follows constants and slices of parameters into the iterations."""
@@ -345,32 +452,31 @@ class _Recorder:
             None if num_consts <= i < first_slice else _inside_scan(mark, i >= first_slice, eqn.params["length"])
             for i, mark in enumerate(marks)
         ]
-        for mark, inner_mark in zip(marks, inner_marks, strict=True):
-            if inner_mark is None:
-                for view in _views(mark):
-                    self.lost.setdefault(view.leaf, set()).add("scan")
-        done = len(self.products)
+        self._lose(eqn, [mark for mark, inner in zip(marks, inner_marks, strict=True) if inner is None])
+        done = len(self.places)
         probes = None if self._probes is None else self._probes[done : done + self._counts[id(eqn)]]
         recorders: list[_Recorder] = []
 
         def body(carry: list[Any], slices_and_probes: Any) -> tuple[list[Any], Any]:
             slices, probes = slices_and_probes
             recorder = _Recorder(self._counts, probes)
-            results, _ = recorder.walk(eqn.params["jaxpr"], [*consts, *carry, *slices], inner_marks)
+            results, result_marks = recorder.walk(eqn.params["jaxpr"], [*consts, *carry, *slices], inner_marks)
+            recorder._lose(eqn, result_marks)
             recorders.append(recorder)
             return results[:num_carry], (results[num_carry:], recorder.activations)
 
         loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         carry, (stacked, activations) = jax.lax.scan(body, carry, (slices, probes), **loop)
         inner = recorders[-1]
-        self._counts[id(eqn)] = len(inner.products)
+        self._counts[id(eqn)] = len(inner.places)
         self.activations += activations
-        for leaf, names in inner.lost.items():
-            self.lost.setdefault(leaf, set()).update(names)
-        for product in inner.products:
-            lengths = (eqn.params["length"], *product.lengths)
-            micro_batches = (_is_micro_batch(eqn.params["jaxpr"]), *product.micro_batches)
-            self.products.append(dataclasses.replace(product, lengths=lengths, micro_batches=micro_batches))
+        for mine, inner_ones in ((self.lost, inner.lost), (self.penalties, inner.penalties)):
+            for leaf, names in inner_ones.items():
+                mine.setdefault(leaf, set()).update(names)
+        for place in inner.places:
+            lengths = (eqn.params["length"], *place.lengths)
+            micro_batches = (_is_micro_batch(eqn.params["jaxpr"]), *place.micro_batches)
+            self.places.append(dataclasses.replace(place, lengths=lengths, micro_batches=micro_batches))
         return [*carry, *stacked]
 
 
@@ -381,6 +487,18 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
+
+
+def _size(variable: Any) -> int:
+    return math.prod(_shape(variable))
+
+
+def _out(variable: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
+def _mesh_axes(variable: Any) -> tuple[str, ...]:
+    return tuple(variable.aval.manual_axis_type.varying)
 
 
 def _scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
@@ -395,25 +513,90 @@ def _views(mark: Any) -> tuple[View, ...]:
     return mark.views if isinstance(mark, _Joined) else (mark,) if isinstance(mark, View) else ()
 
 
+def _sources(mark: Any, name: str) -> dict[int, str]:
+    """Returns the leaves that a value is made of and what each goes into first: `name`, if it is still itself."""
+    if isinstance(mark, _Function):
+        return mark.sources
+    if isinstance(mark, _Entrywise):
+        return {mark.view.leaf: mark.name}
+    return {view.leaf: name for view in _views(mark)}
+
+
+def _note(names: dict[int, set[str]], sources: dict[int, str]) -> None:
+    for leaf, name in sources.items():
+        names.setdefault(leaf, set()).add(name)
+
+
+def _alike(eqn: core.JaxprEqn, mark: Any) -> Any:
+    """Casts or rearranges the derivative of a value as the value itself."""
+    return mark._replace(derivative=_bind(eqn, [mark.derivative])[0]) if isinstance(mark, _Entrywise) else mark
+
+
 def _inside_scan(mark: Any, sliced: bool, length: int) -> Any:
     if isinstance(mark, View) and not (sliced and mark.moves):
         return mark._replace(size=mark.size // length if sliced else mark.size, sliced=(*mark.sliced, sliced))
     return None
 
 
-def _moved(eqn: core.JaxprEqn, mark: Any) -> Any:
+def _rearranged(eqn: core.JaxprEqn, marks: list[Any]) -> Any:
+    """Returns the mark of what only rearranges a value or puts several side by side; otherwise None."""
+    name, mark = eqn.primitive.name, marks[0] if marks else None
+    if name == "concatenate":
+        return _Joined(tuple(marks), eqn.params["dimension"]) if all(isinstance(m, View) for m in marks) else None
+    if name not in _MOVES:
+        return None
     if isinstance(mark, View):
         return mark._replace(moves=(*mark.moves, eqn))
+    if isinstance(mark, _Result):
+        return _moved_result(eqn, mark)
+    if isinstance(mark, _Joined):
+        return _moved_join(eqn, mark)
+    if _size(eqn.outvars[0]) != _size(eqn.invars[0]):
+        return None
+    if isinstance(mark, _Entrywise):
+        return mark._replace(view=mark.view._replace(moves=(*mark.view.moves, eqn)))
+    return mark
+
+
+def _moved_join(eqn: core.JaxprEqn, mark: _Joined) -> _Joined | None:
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if max(before) != math.prod(before):
+    if max(before) != math.prod(before) or eqn.primitive.name == "rev":
         return None
     if eqn.primitive.name == "broadcast_in_dim":
         return mark._replace(axis=eqn.params["broadcast_dimensions"][mark.axis])
     return mark._replace(axis=after.index(max(before)))
 
 
+def _moved_result(eqn: core.JaxprEqn, mark: _Result) -> _Result | None:
+    """Follows the axes of a product's result; None where rows and features are merged, or features change places."""
+    if eqn.primitive.name == "transpose":
+        return mark._replace(places=tuple(mark.places[axis] for axis in eqn.params["permutation"]))
+    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if eqn.primitive.name == "rev" or math.prod(before) != math.prod(after) or 0 in before:
+        return None
+    order = sorted(place for place in mark.places if place is not None)
+    places: list[tuple[int, ...] | None] = [None] * len(after)
+    old = [axis for axis, n in enumerate(before) if n > 1]
+    new = [axis for axis, n in enumerate(after) if n > 1]
+    while old:  # one group after the other, of as many entries before and after
+        group, into = [old.pop(0)], [new.pop(0)]
+        while (sizes := [math.prod(s[a] for a in g) for s, g in ((before, group), (after, into))])[0] != sizes[1]:
+            (group if sizes[0] < sizes[1] else into).append((old if sizes[0] < sizes[1] else new).pop(0))
+        members = [mark.places[axis] for axis in group]
+        if all(member is None for member in members):
+            continue
+        start = order.index(members[0]) if members[0] is not None else 0
+        if members != order[start : start + len(members)]:
+            return None
+        for i, axis in enumerate(into):
+            places[axis] = (*order[start], i)
+    return mark._replace(places=tuple(places))
+
+
 def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     """Describes an equation with parameters as one operand, each of their entries once; otherwise returns None."""
+    if eqn.primitive.name not in {"dot_general", "conv_general_dilated"}:
+        return None
     first, second = (_views(mark) for mark in marks)
     if bool(first) == bool(second):
         return None
@@ -421,16 +604,15 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     shape = _shape(eqn.invars[0 if comes_first else 1])
     views = first or second
     axis = next((mark.axis for mark in marks if isinstance(mark, _Joined)), None)
-    out: Any = eqn.outvars[0].aval
     product = Product(
-        primitive=eqn.primitive.name,
+        name=eqn.primitive.name,
         params=dict(eqn.params),
         views=views,
         axis=axis,
         shape=shape,
         comes_first=comes_first,
-        out=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        mesh_axes=tuple(out.manual_axis_type.varying),
+        out=_out(eqn.outvars[0]),
+        mesh_axes=_mesh_axes(eqn.outvars[0]),
     )
     whole = math.prod(shape) == sum(view.size for view in views)
     if product.is_convolution:
@@ -441,29 +623,125 @@ def _product(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     return product if whole and usable else None
 
 
+def _result(product: Product) -> _Result:
+    axes = [*product.stack_axes(), *product.feature_axes()]
+    places = [(axes.index(axis),) if axis in axes else None for axis in range(len(product.out.shape))]
+    return _Result(product, tuple(places))
+
+
+def _lookup(eqn: core.JaxprEqn, marks: list[Any]) -> Lookup | None:
+    """Describes a `gather` of whole rows of a parameter, one for each index; otherwise returns None."""
+    if eqn.primitive.name != "gather" or not isinstance(marks[0], View):
+        return None
+    shape, out, dims = _shape(eqn.invars[0]), _out(eqn.outvars[0]), eqn.params["dimension_numbers"]
+    num_indices = len(out.shape) - len(shape) + 1
+    usable = (
+        dims.collapsed_slice_dims == dims.start_index_map == (0,)
+        and not dims.operand_batching_dims
+        and dims.offset_dims == tuple(range(num_indices, len(out.shape)))
+        and eqn.params["slice_sizes"] == (1, *shape[1:])
+        and marks[0].size == math.prod(shape)
+    )
+    if not usable:
+        return None
+    mesh_axes = _mesh_axes(eqn.outvars[0])
+    return Lookup(views=(marks[0],), name="gather", out=out, mesh_axes=mesh_axes, mode=eqn.params["mode"])
+
+
 def _is_bias(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
     """Tells whether an addition adds one number to each feature of a product's result, and notes it there."""
-    product = next((mark for mark in marks if isinstance(mark, Product)), None)
-    if product is None or product.bias:
+    result = next((mark for mark in marks if isinstance(mark, _Result)), None)
+    if result is None or result.product.bias:
         return False
-    (place,) = (i for i, mark in enumerate(marks) if not isinstance(mark, Product))
-    views, shape = _views(marks[place]), _shape(eqn.invars[place])
-    moves = [move for view in views for move in view.moves]
-    if isinstance(marks[place], _Joined):
-        varying = {marks[place].axis}
-    elif moves and moves[-1].primitive.name == "broadcast_in_dim":
-        before = zip(moves[-1].params["broadcast_dimensions"], _shape(moves[-1].invars[0]), strict=True)
-        varying = {axis for axis, n in before if n > 1}
-    else:
-        varying = {axis for axis, n in enumerate(shape) if n > 1}
-    features = product.feature_axes()
-    num_features = math.prod(product.out.shape[axis] for axis in features)
+    (place,) = (i for i, mark in enumerate(marks) if mark is not result)
+    views = _views(marks[place])
+    varying = _varying_axes(eqn.invars[place], marks[place]) if views else []
+    places = [result.places[axis] for axis in varying]
     is_bias = (
-        varying <= set(features)
-        and all(move.primitive.name != "transpose" for move in moves)
-        and sum(view.size for view in views) == num_features
-        and [view.sliced for view in views] == [view.sliced for view in product.views]
+        bool(views)
+        and None not in places
+        and places == sorted(place for place in places if place is not None)
+        and all(move.primitive.name not in {"transpose", "rev"} for view in views for move in view.moves)
+        and sum(view.size for view in views) == _num_features(result, _shape(eqn.outvars[0]))
+        and [view.sliced for view in views] == [view.sliced for view in result.product.views]
     )
     if is_bias:
-        product.bias = views
+        result.product.bias = views
     return is_bias
+
+
+def _num_features(result: _Result, shape: tuple[int, ...]) -> int:
+    return math.prod(n for n, place in zip(shape, result.places, strict=True) if place is not None)
+
+
+def _varying_axes(variable: Any, mark: View | _Joined) -> list[int]:
+    """Returns the axes along which a parameter is not repeated."""
+    if isinstance(mark, _Joined):
+        return [mark.axis]
+    shape = _shape(variable)
+    if mark.moves and mark.moves[-1].primitive.name == "broadcast_in_dim":
+        before = zip(mark.moves[-1].params["broadcast_dimensions"], _shape(mark.moves[-1].invars[0]), strict=True)
+        return [int(axis) for axis, n in before if n > 1]
+    return [axis for axis, n in enumerate(shape) if n > 1]
+
+
+def _own_axes(eqn: core.JaxprEqn, place: int, mark: Any) -> tuple[int, ...] | None:
+    """Returns the axes of a repeated parameter along which it is not; None if it is no such parameter."""
+    before, after = eqn.invars[place], eqn.outvars[0]
+    if isinstance(mark, View):
+        view, axes = mark, _varying_axes(before, mark)
+    elif isinstance(mark, _Entrywise):
+        view, axes = mark.view, [axis for axis, n in enumerate(_shape(before)) if n > 1]
+    else:
+        return None
+    repeated = view.size < max(_size(before), _size(after) if eqn.primitive.name in _ENTRYWISE else 0)
+    whole = math.prod(_shape(before)[axis] for axis in axes) == view.size
+    return tuple(axes) if repeated and whole else None
+
+
+def _unrepeated(view: View) -> View:
+    """Leaves out a last move that repeats the parameter."""
+    repeats = view.moves and _size(view.moves[-1].outvars[0]) > _size(view.moves[-1].invars[0])
+    return view._replace(moves=view.moves[:-1]) if repeats else view
+
+
+def _is_penalty(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
+    """Tells whether one operand is a number made of parameters alone, and the other a variable that is not."""
+    of_parameters = [bool(_sources(mark, "")) for mark in marks]
+    if all(of_parameters):
+        return False
+    number, other = of_parameters.index(True), of_parameters.index(False)
+    is_number = isinstance(marks[number], _Function) and _shape(eqn.invars[number]) == ()
+    return is_number and not isinstance(eqn.invars[other], core.Literal)
+
+
+def _is_of_parameters_alone(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
+    """Tells whether an equation has to do with parameters and numbers, or changes each entry of parameters alone."""
+    marked = [(mark, variable) for mark, variable in zip(marks, eqn.invars, strict=True) if _sources(mark, "")]
+    if any(_views(mark) and sum(view.size for view in _views(mark)) < _size(variable) for mark, variable in marked):
+        return False  # a parameter that is repeated along activations
+    if eqn.primitive.name in _ENTRYWISE and all(_size(variable) == _size(eqn.outvars[0]) for _, variable in marked):
+        return True
+    return all(_sources(mark, "") or _shape(v) == () for mark, v in zip(marks, eqn.invars, strict=True))
+
+
+def _applied(eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> _Entrywise | _Function:
+    """Returns the mark of a function of parameters alone."""
+    name = eqn.primitive.name
+    sources = functools.reduce(operator.or_, (_sources(mark, name) for mark in marks))
+    places = [i for i, mark in enumerate(marks) if _sources(mark, name)]
+    place, mark = places[0], marks[places[0]]
+    is_entrywise = (
+        name in _ENTRYWISE
+        and len(places) == 1
+        and isinstance(mark, View | _Entrywise)
+        and _size(eqn.outvars[0]) == _size(eqn.invars[place])
+        and all(jnp.issubdtype(_out(v).dtype, jnp.floating) for v in (eqn.invars[place], eqn.outvars[0]))
+    )
+    if not is_entrywise:
+        return _Function(sources)
+    view, value = mark.view if isinstance(mark, _Entrywise) else mark, jnp.asarray(values[place])
+    before = mark.derivative if isinstance(mark, _Entrywise) else jnp.ones_like(value)
+    apply = lambda value: _bind(eqn, [*values[:place], value, *values[place + 1 :]])[0]  # noqa: E731
+    _, derivative = jax.jvp(apply, (value,), (before,))
+    return _Entrywise(view, derivative, sources[view.leaf])

@@ -154,7 +154,7 @@ BLOCK = Structure(sizes=lambda rows, columns: (rows * columns,), measure=_block_
 DIAGONAL = Structure(
     sizes=lambda rows, columns: (), measure=lambda taps, diagonals: (), apply=lambda powers, parts: parts
 )
-"""No layers: every parameter on its own."""
+"""No layers: every parameter on its own, with an estimate: N times the square of the mean gradient of N examples."""
 
 
 class Powers(NamedTuple):

@@ -20,11 +20,15 @@ class MinresInfo(NamedTuple):
 
     Attributes:
       residual_norm: :math:`\|b - (A + \lambda I) x\|`, from the recurrence.
-      num_steps: steps that changed the solution; fewer than asked for after a lucky breakdown.
+      num_steps: steps that changed the solution; fewer than asked for where it converged.
+      negative_curvature: whether a vector of the Krylov space met has :math:`v^\top (A + \lambda I) v < 0`.
+      first_step: the number c for which c b is the solution after one step.
     """
 
     residual_norm: jax.Array
     num_steps: jax.Array
+    negative_curvature: jax.Array
+    first_step: jax.Array
 
 
 def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0.0) -> tuple[PyTree, MinresInfo]:
@@ -32,8 +36,13 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
 
     The short recurrence of Paige and Saunders (1975) from zero; Algorithm 1 of the EDF paper with its misprint
     corrected: the shift adds :math:`\lambda v_1`, the *normalised* Lanczos vector, not :math:`\lambda g`. A may be
-    indefinite or singular. Memory is O(1) vectors, accumulated in at least float32. Where the Krylov space is exhausted
-    (a lucky breakdown) the iterate stays as it is; :math:`b = 0` gives 0.
+    indefinite or singular. Memory is O(1) vectors, accumulated in at least float32; :math:`b = 0` gives 0.
+
+    The solution stays as it is once it is as good as rounding allows: where the residual r has
+    :math:`\|A r\| \le 1000\, \epsilon\, \|A\|_F \|r\|` (a least-squares solution; also where the Krylov space is
+    exhausted) or :math:`\|r\| \le 4 \epsilon (\|A\|_F \|x\| + \|b\|)`, or where a step is so long that its rounding,
+    :math:`4 \epsilon \|A\|_F \|\Delta x\|`, exceeds what the residual would gain; all as the recurrence has them.
+    Further steps would only lead away: on a singular A to 10⁶ times the length of the pseudo-inverse's solution.
 
     The steps are unrolled: they are few as a rule, and an operator's convolutions stay as fast as they are outside of
     loops even where it does not come from `optcurv.curvature`. Compile time grows in proportion to `num_steps`.
@@ -60,47 +69,60 @@ def minres(matvec: MatVec, b: PyTree, num_steps: int, *, shift: chex.Numeric = 0
     """
     check_count("num_steps", num_steps)
     b = at_least_float32(b)
-    beta = optax.tree.norm(b)
-    epsilon = 10 * jnp.finfo(beta.dtype).eps
+    norm = beta = optax.tree.norm(b)
+    epsilon = jnp.finfo(beta.dtype).eps
     shift = jnp.asarray(shift, beta.dtype)
     residual = beta
-    operator_norm = jnp.zeros_like(beta)  # running estimate, the yardstick of a breakdown
+    square = jnp.zeros_like(beta)  # of the Frobenius norm of A, from below
     cos_old, cos, sin_old, sin = jnp.ones_like(beta), jnp.ones_like(beta), jnp.zeros_like(beta), jnp.zeros_like(beta)
     x = v_old = q_old = q = optax.tree.zeros_like(b)
     u = b
+    length = first_step = jnp.zeros_like(beta)  # of x, from above
     steps_used = jnp.zeros((), jnp.int32)
+    done = negative = jnp.zeros((), bool)
 
-    for _ in range(num_steps):
+    for number in range(num_steps):
         # Lanczos: beta = 0 makes v zero, and with it all that follows in this loop.
         v = optax.tree.scale(_inverse(beta), u)
         u = optax.tree.add_scale(matvec(v), shift, v)
         alpha = jnp.asarray(optax.tree.vdot(v, u))
         u = optax.tree.add_scale(optax.tree.add_scale(u, -alpha, v), -beta, v_old)
-        beta_old, beta = beta, optax.tree.norm(u)
-        operator_norm = jnp.maximum(operator_norm, jnp.hypot(alpha, beta))
-        beta = jnp.where(beta <= epsilon * operator_norm, 0.0, beta)
+        beta_old, beta = jnp.where(number == 0, 0.0, beta), optax.tree.norm(u)
+        square = square + alpha**2 + beta_old**2 + beta**2
+        operator_norm = jnp.sqrt(square)
+        beta = jnp.where(beta <= 10 * epsilon * operator_norm, 0.0, beta)
 
         # The next column of the QR factorisation of the tridiagonal matrix.
         delta = cos * alpha - cos_old * sin * beta_old
         rho_2 = sin * alpha + cos_old * cos * beta_old
         rho_3 = sin_old * beta_old
         rho_1 = jnp.hypot(delta, beta)
-        rho_1 = jnp.where(rho_1 <= epsilon * operator_norm, 0.0, rho_1)
-        solvable = rho_1 > 0
-        cos_old, cos = cos, delta * _inverse(rho_1)
-        sin_old, sin = sin, jnp.where(solvable, beta * _inverse(rho_1), 1.0)
 
-        # The solution follows along q; where rho_1 = 0 neither it nor the residual changes.
+        converged = jnp.hypot(delta, cos * beta) <= 1000 * epsilon * operator_norm
+        converged |= jnp.abs(residual) <= 4 * epsilon * (operator_norm * length + norm)
+        # r'Ar / r'r: negative at some step exactly if A has negative curvature in the space (Liu and Roosta 2022).
+        residual_curvature = cos * delta
+
+        # The solution follows along q.
+        cos_old, cos = cos, delta * _inverse(rho_1)
+        sin_old, sin = sin, jnp.where(rho_1 > 0, beta * _inverse(rho_1), 1.0)
         direction = optax.tree.add_scale(optax.tree.add_scale(v, -rho_2, q), -rho_3, q_old)
         q_old, q = q, optax.tree.scale(_inverse(rho_1), direction)
-        x = optax.tree.add_scale(x, cos * residual, q)
-        residual = -sin * residual
+        step_length = jnp.abs(cos * residual) * optax.tree.norm(q)
+        decrease = jnp.abs(residual) * cos**2 / (1 + sin)
+        undone = (decrease < 4 * epsilon * operator_norm * step_length) & (operator_norm * step_length > 3 * norm)
+        done = done | converged | undone
+        length = length + jnp.where(done, 0.0, step_length)
+        x = optax.tree.add_scale(x, jnp.where(done, 0.0, cos * residual), q)
+        residual = jnp.where(done, residual, -sin * residual)
         v_old = v
-        steps_used = steps_used + solvable
+        steps_used = steps_used + ~done
+        negative = negative | (~done & (residual_curvature < -1000 * epsilon * operator_norm))
+        first_step = jnp.where(number == 0, alpha * _inverse(rho_1**2), first_step)
         # Fused across steps, the unrolled recurrence would take XLA a time quadratic in their number.
         x, q, q_old, u, v_old, beta, residual = jax.lax.optimization_barrier((x, q, q_old, u, v_old, beta, residual))
 
-    return x, MinresInfo(residual_norm=jnp.abs(residual), num_steps=steps_used)
+    return x, MinresInfo(jnp.abs(residual), steps_used, negative, first_step)
 
 
 def _inverse(x: jax.Array) -> jax.Array:
@@ -202,7 +224,7 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
       [-2. -1.] 2 CONVERGED
     """
     check_count("max_iter", max_iter)
-    check_number("tol", tol, minimum=0.0)
+    check_number("tol", tol, minimum=0.0, constant=True)
 
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, radius: jax.Array, key: jax.Array) -> ModelStep:
         del key  # nothing here is random

@@ -1,14 +1,14 @@
 """Optimising part of the parameters, with the rest kept inside the closure."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, ValueFn
+from optcurv.arguments import PyTree, ValueFn, check_function, check_transformation, checked, describe
 from optcurv.curvature import Composite
 
 
@@ -22,7 +22,8 @@ def masked(
     and `grad` reduced likewise. A `Composite` stays one.
 
     As with `optax.masked`, updates outside the mask pass through unchanged: to freeze those parameters, set their
-    updates to zero with `optax.freeze`, as in the example.
+    updates to zero with `optax.freeze`, as in the example. Integers among the parameters belong outside of the mask;
+    their updates, which `jax.grad(loss, allow_int=True)` gives the dtype float0, become zeros.
 
     Args:
       inner: the transformation to apply under the mask.
@@ -31,6 +32,10 @@ def masked(
 
     Returns:
       The transformation.
+
+    Raises:
+      ValueError: when called, if the mask is no prefix of the parameters' structure, or the gradients do not fit them.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optcurv
@@ -44,10 +49,27 @@ def masked(
       >>> print(optax.apply_updates(params, updates))
       {'scale': Array(3., dtype=float32), 'w': Array([0., 0.], dtype=float32)}
     """
-    transformation = optax.masked(inner, mask)
+    check_transformation("inner", inner)
+    if callable(mask):
+        check_function("mask", mask, "params", "which returns a pytree of booleans")
+    else:
+        _check_booleans(mask)
+
+    def mask_of(tree: PyTree) -> PyTree:
+        mask_tree = mask(tree) if callable(mask) else mask
+        _check_booleans(mask_tree)
+        try:
+            jax.tree.map(lambda keep, subtree: None, mask_tree, tree)
+        except ValueError as error:
+            raise ValueError(f"mask must be a prefix of the structure of params: {error}") from error
+        return mask_tree
+
+    transformation = optax.masked(inner, mask_of)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, PyTree]:
-        mask_tree = mask(updates) if callable(mask) else mask
+        if params is not None:
+            updates = jax.tree.map(_integer_zeros, updates, params)
+        mask_tree = mask_of(updates)
         reduced = dict(extra_args)
         if extra_args.get("grad") is not None:
             reduced["grad"] = _under_mask(mask_tree, extra_args["grad"])
@@ -56,7 +78,21 @@ def masked(
                 reduced[name] = _with_the_rest(extra_args[name], mask_tree, params)
         return transformation.update(updates, state, params, **reduced)
 
-    return optax.GradientTransformationExtraArgs(transformation.init, update)
+    return checked("masked", transformation.init, update, needs_loss=False)
+
+
+def _integer_zeros(update: Any, param: Any) -> Any:
+    """Returns zeros of the parameter's dtype in place of a float0, on which nothing in optax can compute."""
+    return jnp.zeros_like(param) if getattr(update, "dtype", None) == jax.dtypes.float0 else update
+
+
+def _check_booleans(mask: PyTree) -> None:
+    kinds = [getattr(leaf, "dtype", type(leaf)) for leaf in jax.tree.leaves(mask)]
+    if mask is None or not all(jnp.issubdtype(kind, bool) for kind in kinds):
+        raise TypeError(
+            "mask must be a pytree of booleans, True where inner applies, or a function that returns one given params; "
+            f"got {describe(mask)}."
+        )
 
 
 def _under_mask(mask: PyTree, tree: PyTree) -> PyTree:
@@ -70,7 +106,7 @@ def _with_the_rest(value_fn: ValueFn, mask: PyTree, params: PyTree) -> ValueFn:
         return jax.tree.map(lambda keep, subtree, rest: subtree if keep else rest, mask, partial, params)
 
     if isinstance(value_fn, Composite):
-        return dataclasses.replace(value_fn, model_fn=lambda partial: value_fn.model_fn(complete(partial)))
+        return value_fn.of(complete)
 
     @functools.wraps(value_fn)  # optax's line searches read the signature
     def restricted(partial: PyTree, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_number,
-    required_value_fn,
+    checked,
     scalar_fn,
     scheduled,
 )
@@ -76,7 +76,8 @@ def scale_by_parabolic_linesearch(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params.
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
 
     Example:
@@ -108,13 +109,13 @@ def scale_by_parabolic_linesearch(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         value: chex.Numeric | None = None,
         grad: PyTree = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByParabolicLinesearchState]:
         del extra_args  # those of the other links in a chain
-        loss = scalar_fn(required_value_fn("scale_by_parabolic_linesearch", params, value_fn))
+        loss = scalar_fn(value_fn)
         if exact_slope and grad is None:  # costs nothing where the caller's gradient shares this jit
             value, grad = jax.value_and_grad(loss)(params)
         elif value is None:
@@ -140,7 +141,7 @@ def scale_by_parabolic_linesearch(
         new_state = ScaleByParabolicLinesearchState(count=optax.safe_increment(state.count), info=info)
         return optax.tree.cast_like(scaled, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_parabolic_linesearch", init, update)
 
 
 def _step_and_case(
@@ -219,9 +220,9 @@ def pal(
     """
     check_number("measuring_step", measuring_step, minimum=0.0, exclusive=True)
     check_number("max_step", max_step, minimum=0.0, exclusive=True)
-    check_number("momentum", momentum, minimum=0.0, maximum=1.0)
-    check_number("decay", decay, minimum=0.0, maximum=1.0, exclusive=True)
-    check_number("decay_steps", decay_steps, minimum=1)
+    check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
+    check_number("decay", decay, minimum=0.0, maximum=1.0, exclusive=True, constant=True)
+    check_number("decay_steps", decay_steps, minimum=1, constant=True)
 
     def decayed(value: optax.ScalarOrSchedule) -> optax.Schedule:
         return lambda count: scheduled(value, count) * decay ** (jnp.asarray(count, float) / decay_steps)
@@ -229,4 +230,4 @@ def pal(
     search = scale_by_parabolic_linesearch(
         decayed(measuring_step), curvature_factor=curvature_factor, max_step=decayed(max_step), exact_slope=exact_slope
     )
-    return optax.chain(_momentum(momentum), optax.scale(-1.0), search)
+    return checked("pal", *optax.chain(_momentum(momentum), optax.scale(-1.0), search))

@@ -15,7 +15,8 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_number,
-    required_value_fn,
+    check_transformation,
+    checked,
     scalar_fn,
     scheduled,
 )
@@ -115,7 +116,8 @@ def runge_kutta(
       The transformation.
 
     Raises:
-      ValueError: if `step_size` is not positive, or `update` is called without params.
+      ValueError: if `step_size` is not positive, or `update` is called without params or with a gradient or a state
+        that does not fit them.
       TypeError: if an argument has the wrong type, or `update` is called without `value_fn`.
 
     Example:
@@ -130,6 +132,7 @@ def runge_kutta(
       >>> print(w - jnp.exp(-1.0))  # the flow at t = 1
       [0.]
     """
+    check_transformation("inner", inner)
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     if not isinstance(tableau, Tableau):
         raise TypeError(f"tableau must be an optcurv.Tableau like optcurv.HEUN, got {tableau!r}.")
@@ -140,9 +143,8 @@ def runge_kutta(
         return RungeKuttaState(jnp.zeros((), jnp.int32), inner.init(params), info)
 
     def update(
-        updates: PyTree, state: Any, params: PyTree = None, *, value_fn: ValueFn | None = None, **extra_args: Any
+        updates: PyTree, state: Any, params: PyTree = None, *, value_fn: ValueFn, **extra_args: Any
     ) -> tuple[PyTree, RungeKuttaState]:
-        value_fn = required_value_fn("runge_kutta", params, value_fn)
         grad_fn = jax.grad(scalar_fn(value_fn))
         stages = [at_least_float32(updates)]
         h = scheduled(step_size, state.count, jnp.result_type(*jax.tree.leaves(stages)))
@@ -162,7 +164,7 @@ def runge_kutta(
         info = RungeKuttaInfo(jnp.float32(correction), finite)
         return results, RungeKuttaState(optax.safe_increment(state.count), inner_state, info)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("runge_kutta", init, update)
 
 
 def _weighted_sum(weights: Sequence[float], trees: Sequence[PyTree]) -> PyTree:
@@ -199,6 +201,9 @@ def sgd_rk2(
       >>> print(updates)  # -h + h²/2
       [-0.375]
     """
+    check_number("learning_rate", learning_rate, minimum=0.0, exclusive=True)
+    if momentum is not None:
+        check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
     return runge_kutta(optax.sgd(learning_rate, momentum), learning_rate, tableau=tableau)
 
 
@@ -237,4 +242,8 @@ def adam_rk2(
       >>> print(updates)
       [-0.5]
     """
+    check_number("learning_rate", learning_rate, minimum=0.0, exclusive=True)
+    check_number("b1", b1, minimum=0.0, maximum=1.0, constant=True)
+    check_number("b2", b2, minimum=0.0, maximum=1.0, constant=True)
+    check_number("eps", eps, minimum=0.0, constant=True)
     return runge_kutta(optax.adam(learning_rate, b1, b2, eps), learning_rate, tableau=tableau)

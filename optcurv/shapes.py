@@ -113,13 +113,13 @@ def rmsprop_shape(decay: float = 0.8, eps: float = 1e-10, power: float = 0.5) ->
       >>> print(shape.apply(state, jnp.ones(2)))
       [1.5  0.25]
     """
-    check_number("decay", decay, minimum=0.0, maximum=1.0)
+    check_number("decay", decay, minimum=0.0, maximum=1.0, constant=True)
     return _diagonal_shape(lambda v, gradient: decay * v + (1 - decay) * gradient**2, eps, power)
 
 
 def _diagonal_shape(average: Callable[[jax.Array, jax.Array], jax.Array], eps: float, power: float) -> Shape:
-    check_number("eps", eps, minimum=0.0, exclusive=True)
-    check_number("power", power, minimum=0.0, exclusive=True)
+    check_number("eps", eps, minimum=0.0, exclusive=True, constant=True)
+    check_number("power", power, minimum=0.0, exclusive=True, constant=True)
 
     def scaled(v: PyTree, vector: PyTree, exponent: float) -> PyTree:
         return jax.tree.map(lambda v, x: (v + eps) ** exponent * x, v, vector)
@@ -174,9 +174,9 @@ def full_matrix_shape(
       [15. 20.]
     """
     if decay is not None:
-        check_number("decay", decay, minimum=0.0, maximum=1.0)
-    check_number("eps", eps, minimum=0.0, exclusive=True)
-    check_number("power", power, minimum=0.0, exclusive=True)
+        check_number("decay", decay, minimum=0.0, maximum=1.0, constant=True)
+    check_number("eps", eps, minimum=0.0, exclusive=True, constant=True)
+    check_number("power", power, minimum=0.0, exclusive=True, constant=True)
     check_count("max_size", max_size)
 
     def init(params: PyTree) -> FullMatrixState:

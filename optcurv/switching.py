@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, check_count, check_number
+from optcurv.arguments import PyTree, check_count, check_number, check_transformation, checked
 
 
 class SwitchRule(NamedTuple):
@@ -67,7 +67,7 @@ def on_plateau(patience: int, min_delta: float = 0.0) -> SwitchRule:
       1
     """
     check_count("patience", patience)
-    check_number("min_delta", min_delta, minimum=0.0)
+    check_number("min_delta", min_delta, minimum=0.0, constant=True)
 
     def update(state: PlateauState, value: chex.Numeric | None) -> tuple[PlateauState, jax.Array]:
         if value is None:
@@ -130,8 +130,8 @@ def switch(
       The transformation. It hands all extra arguments on; a rule sees `monitored_value`.
 
     Raises:
-      ValueError: if a number of steps is negative.
-      TypeError: if `when` is neither.
+      ValueError: if a number of steps is negative, or `update` is called with a state that does not fit the parameters.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax, optcurv
@@ -144,6 +144,8 @@ def switch(
       -1.0
       -0.1
     """
+    check_transformation("first", first)
+    check_transformation("second", second)
     first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
     if not isinstance(when, SwitchRule):
         if isinstance(when, bool) or not isinstance(when, int):
@@ -169,19 +171,19 @@ def switch(
         if monitored_value is not None:
             extra_args["monitored_value"] = monitored_value
 
-        def run_first(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        def run_first() -> tuple[PyTree, PyTree, PyTree]:
             new_updates, new_state = first.update(updates, state.first, params, **extra_args)
             return optax.tree.cast_like(new_updates, updates), new_state, state.second
 
-        def run_second(updates: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        def run_second() -> tuple[PyTree, PyTree, PyTree]:
             start = state.second if params is None else second.init(params)
             start = optax.tree.where(switched, state.second, start)
             new_updates, new_state = second.update(updates, start, params, **extra_args)
             return optax.tree.cast_like(new_updates, updates), state.first, new_state
 
         stage = switched | is_time
-        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first, updates)
+        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first)
         info = SwitchInfo(stage.astype(jnp.int32))
         return new_updates, SwitchState(rule_state, first_state, second_state, info)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("switch", init, update, needs_loss=False)

@@ -13,8 +13,9 @@ from optcurv.arguments import (
     PyTree,
     ValueFn,
     at_least_float32,
+    check_function,
     check_number,
-    required_value_fn,
+    checked,
     scalar_fn,
     scheduled,
     wide_dtype,
@@ -138,8 +139,8 @@ def trust_region(
       The optimiser.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; outside of jit, if the shape is not
-        positive definite (inside, such a step is rejected).
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them; outside of jit, if the shape is not positive definite (inside, such a step is rejected).
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
 
     Example:
@@ -264,7 +265,7 @@ def _check_regularization(
     growth: Any,
     shrinkage: Any,
 ) -> None:
-    check_number(initial_name, initial_size, minimum=0.0, exclusive=True)
+    check_number(initial_name, initial_size, minimum=0.0, exclusive=True, constant=True)
     check_number("accept_ratio", accept_ratio, minimum=0.0, maximum=1.0)
     check_number(second_name, second_ratio, minimum=0.0, maximum=1.0)
     check_number("growth", growth, minimum=1.0, exclusive=True)
@@ -292,9 +293,8 @@ def _regularized_newton(
     """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
     if not isinstance(shape, Shape):
         raise TypeError(f"shape must be an optcurv.Shape like optcurv.rmsprop_shape(), got {shape!r}.")
-    for name, function in (("solver", solver), ("curvature", curvature)):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {function!r}.")
+    check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
+    check_function("curvature", curvature, "value_fn, params", "such as optcurv.hessian_product")
 
     def init(params: PyTree) -> RegularizedNewtonState:
         zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
@@ -313,13 +313,12 @@ def _regularized_newton(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         value: chex.Numeric | None = None,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, RegularizedNewtonState]:
         del extra_args  # those of the other links in a chain
-        value_fn = required_value_fn(method, params, value_fn)
         loss = scalar_fn(value_fn)
         gradient = at_least_float32(updates)
         value = jnp.asarray(loss(params) if value is None else value, state.size.dtype)
@@ -359,7 +358,7 @@ def _regularized_newton(
         )
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked(method, init, update)
 
 
 def _follow(shape: Shape, state: RegularizedNewtonState, params: PyTree, gradient: PyTree) -> tuple[Any, jax.Array]:

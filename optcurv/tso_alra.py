@@ -15,9 +15,11 @@ from optcurv.arguments import (
     ValueFn,
     at_least_float32,
     check_count,
+    check_function,
     check_number,
+    check_transformation,
+    checked,
     path_name,
-    required_value_fn,
     scheduled,
     wide_dtype,
 )
@@ -120,10 +122,11 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`) and must be the same at every step. Parameters in no
-    layer are scaled by the same power of their average squared gradient, per example like the factors: RMSProp without
-    momentum. A loss without layers is preconditioned so as a whole, and counts as that of one example unless
-    `batch_size` is given. `info.num_layers` says how many layers were found.
+    The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same at
+    every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's own
+    like the factors', or an estimate from the batch's: RMSProp without momentum. A loss without layers is preconditioned
+    so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says how many layers
+    were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
@@ -168,9 +171,9 @@ def scale_by_kronecker(
       The transformation.
 
     Raises:
-      ValueError: if a number is out of range, or `update` is called without params; if layers are not of the shapes
-        that the state was made for, if the loss lacks one of the given `layers`, or if the number of examples cannot be
-        told.
+      ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
+        does not fit them; if layers are not of the shapes that the state was made for, if the loss lacks one of the
+        given `layers`, or if the number of examples cannot be told.
       TypeError: if an argument has the wrong type, `update` is called without `value_fn`, the loss is no scalar, or it
         is no `Composite` where labels are drawn.
 
@@ -191,7 +194,7 @@ def scale_by_kronecker(
       >>> print(loss(params) < 1e-3 * start)
       True
     """
-    check_number("power", power)
+    check_number("power", power, constant=True)
     if isinstance(power, int | float) and power >= 0:
         raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
     check_number("factor_decay", factor_decay, minimum=0.0, maximum=1.0)
@@ -203,9 +206,14 @@ def scale_by_kronecker(
         check_count(name, number)
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
-
+    if labels is not None:
+        check_function("labels", labels, "key, outputs", "such as optcurv.sample_categorical")
+    if layers is not None and not isinstance(layers, Layers):
+        raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
     if root_sharding is not None:
         check_splits_rows("root_sharding", root_sharding)
+
+    leave_out = () if layers is None else layers.left_out
 
     def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
         return {path: _factor_shapes(structure, max_factor_size, path, *size) for path, size in sizes.items()}
@@ -233,14 +241,15 @@ def scale_by_kronecker(
             info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
         )
 
-    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> dict[str, Factors]:
-        """Returns the factors of one batch."""
+    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
+        """Returns the factors of one batch, and the squared gradients that are to be had of other parameters."""
+        options = {"batch_size": batch_size, "max_positions": max_positions, "leave_out": leave_out}
         if labels is None:
-            found, taps = tap(value_fn, params, batch_size=batch_size, max_positions=max_positions)
+            found, taps, squares = tap(value_fn, params, **options)
         elif isinstance(value_fn, Composite):
             sampler = labels
             sample = lambda outputs: sampler(own_key(key, outputs), outputs)  # noqa: E731
-            found, taps = pull_back_taps(_outputs_fn(value_fn), params, sample, batch_size, max_positions)
+            found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
         else:
             raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
         shapes = factor_shapes(_sizes(found))
@@ -248,7 +257,7 @@ def scale_by_kronecker(
             layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
             for layer, uses in zip(found.found, taps, strict=True)
         }
-        return mean_over_devices(factors)
+        return mean_over_devices((factors, squares))
 
     def average(
         value_fn: ValueFn,
@@ -264,8 +273,8 @@ def scale_by_kronecker(
         """
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        factors = measure(value_fn, key, params) if before[0] else {}
-        now = factors, {path: num_examples * gradients[path] ** 2 for path in before[1]}
+        factors, own = measure(value_fn, key, params) if before[0] else ({}, {})
+        now = factors, {path: own.get(path, num_examples * gradients[path] ** 2) for path in before[1]}
         like_this = optax.tree.scale(state.weight, now)  # the averages, had all batches been like this one
         jumps, falls = jax.tree.map(_far_above, like_this, before), jax.tree.map(_far_above, before, like_this)
         anew = jax.tree.map(lambda jump, fall: jump | (fall & state.suspect), jumps, falls)
@@ -296,23 +305,22 @@ def scale_by_kronecker(
         state: Any,
         params: PyTree = None,
         *,
-        value_fn: ValueFn | None = None,
+        value_fn: ValueFn,
         curvature_fn: ValueFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByKroneckerState]:
         del extra_args  # those of the other links in a chain
-        value_fn = required_value_fn("scale_by_kronecker", params, value_fn)
         gradient = at_least_float32(updates)
         gradient_norm = optax.tree.norm(gradient)
         gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
         curvature_fn = curvature_fn or value_fn
-        found = find_layers(curvature_fn, params)
+        found = find_layers(curvature_fn, params, leave_out=leave_out)
         in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
         alone = [path for path in in_no_layer if jnp.size(gradients[path])]
         shapes = {} if structure is DIAGONAL else factor_shapes(_sizes(found))
         _check_layers(found, shapes, alone, state)
 
-        num_examples = count_examples(value_fn, params, batch_size) if found.found else batch_size or 1
+        num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
         average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
         factors, squares, weight, suspect, refused = jax.lax.cond(
@@ -366,13 +374,11 @@ def scale_by_kronecker(
         )
         return optax.tree.cast_like(result, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scale_by_kronecker", init, update)
 
 
 def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
-    if composite.has_aux:
-        return lambda params: composite.model_fn(params)[0]
-    return composite.model_fn
+    return lambda params: composite.outputs_and_aux(params)[0]
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -483,22 +489,26 @@ def tso_alra(
       >>> print(loss(params) < 1e-2 * start)
       True
     """
+    check_number("learning_rate", learning_rate, minimum=0.0)
+    check_transformation("preconditioner", preconditioner)
     links = [preconditioner]
     if max_update_norm is not None:
-        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True)
+        check_number("max_update_norm", max_update_norm, minimum=0.0, exclusive=True, constant=True)
         links.append(optax.clip_by_global_norm(max_update_norm))
     if momentum is not None:
-        check_number("momentum", momentum, minimum=0.0, maximum=1.0)
+        check_number("momentum", momentum, minimum=0.0, maximum=1.0, constant=True)
         links.append(optax.trace(momentum))
     first, second = optax.chain(*links), optax.identity()
     if second_momentum is not None:
-        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0)
+        check_number("second_momentum", second_momentum, minimum=0.0, maximum=1.0, constant=True)
         second = optax.trace(second_momentum)
     if second_learning_rate is None:
-        return optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+        stages = optax.chain(switch(first, second, when), optax.scale_by_learning_rate(learning_rate))
+        return checked("tso_alra", *stages)
     check_number("second_learning_rate", second_learning_rate, minimum=0.0)
-    return switch(
+    stages = switch(
         optax.chain(first, optax.scale_by_learning_rate(learning_rate)),
         optax.chain(second, optax.scale_by_learning_rate(second_learning_rate)),
         when,
     )
+    return checked("tso_alra", *stages)

@@ -29,6 +29,7 @@ class Case:
         such rows out.
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
         along gradients elsewhere.
+      optax_first: whether a transformation of optax's sees a call before ours does, and answers wrong ones.
       rosenbrock: other arguments for Rosenbrock's function, whose curvature is up to a thousand.
       state_by_path: whether its state holds dictionaries by path, which `optax.tree.map_params` cannot follow.
       public: the public constructors that it stands for; default: the factory.
@@ -45,6 +46,7 @@ class Case:
     state_by_path: bool = False
     public: tuple[Callable, ...] = ()
     variant: bool = False
+    optax_first: bool = False
 
     def make(self, **others: Any) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.options | others)
@@ -116,7 +118,12 @@ CASES = [
         rosenbrock={"decay": 1.0},
         variant=True,
     ),
-    Case("adam-parabolic-linesearch", adam_with_linesearch, public=(optcurv.scale_by_parabolic_linesearch,)),
+    Case(
+        "adam-parabolic-linesearch",
+        adam_with_linesearch,
+        public=(optcurv.scale_by_parabolic_linesearch,),
+        optax_first=True,
+    ),
     trust_region_case("trust-region", variant=False),
     trust_region_case(
         "trust-region-full-matrix-gauss-newton",

@@ -163,3 +163,33 @@ def test_remat_keeps_its_saving_inside_of_products(curvature):
         return x
 
     assert bytes_of(jax.checkpoint(layer)) < 0.7 * bytes_of(layer)
+
+
+def tanh_with(custom):
+    """The same function with a derivative of its own, for both directions or for the backward pass only."""
+
+    @custom
+    def tanh(x):
+        return jnp.tanh(x)
+
+    if custom is jax.custom_jvp:
+        tanh.defjvp(lambda x, tangent: (tanh(*x), tangent[0] / jnp.cosh(x[0]) ** 2))
+    else:
+        tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, cotangent: (cotangent / jnp.cosh(x) ** 2,))
+    return tanh
+
+
+@pytest.mark.parametrize(
+    ("custom", "curvature"),
+    [
+        (jax.custom_jvp, optcurv.gauss_newton_product),
+        (jax.custom_jvp, optcurv.hessian_product),
+        (jax.custom_vjp, optcurv.hessian_product),
+    ],
+)
+def test_custom_derivatives(custom, curvature):
+    """What the error about `jax.custom_vjp` in a Gauss-Newton product advises."""
+    w = jnp.array([0.5, -1.0])
+    losses = [optcurv.Composite(tanh, lambda outputs: jnp.sum(outputs**4)) for tanh in (tanh_with(custom), jnp.tanh)]
+    custom_product, plain_product = (jax.jit(lambda v, loss=loss: curvature(loss, w)(v)) for loss in losses)
+    np.testing.assert_allclose(custom_product(w), plain_product(w), rtol=1e-5)

@@ -1,11 +1,14 @@
 import functools
+import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.sparse.linalg
+import sklearn.datasets
 from jax.flatten_util import ravel_pytree
 
 import optcurv
@@ -158,6 +161,76 @@ def test_hessian_direction_can_go_uphill_and_says_so():
     updates, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
     np.testing.assert_allclose(updates, w, rtol=1e-6)  # the Newton direction, towards the maximum
     np.testing.assert_allclose(state.info.cosine, -1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_negative_curvature_of_gauss_newton_says_that_the_loss_is_not_convex(sign):
+    loss = optcurv.Composite(lambda w: w, lambda outputs: 0.5 * (outputs[0] ** 2 + sign * outputs[1] ** 2))
+    w = jnp.array([1.0, 2.0])
+    optimizer = optcurv.scale_by_edf(2, damping_scale=0.1)
+    _, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
+    assert bool(state.info.negative_curvature) == (sign < 0)
+    assert not state.info.breakdown
+
+
+def test_a_breakdown_falls_back_to_one_krylov_step(monkeypatch):
+    def uphill(matvec, b, num_steps, *, shift):
+        _, info = optcurv.minres(matvec, b, num_steps, shift=shift)
+        return optax.tree.scale(-1.0, b), info
+
+    params, loss = problems.quadratic()
+    grads, one_step = jax.grad(loss)(params), optcurv.scale_by_edf(1)
+    expected, _ = one_step.update(grads, one_step.init(params), params, value_fn=loss)
+    monkeypatch.setattr(sys.modules["optcurv.edf"], "minres", uphill)
+    optimizer = optcurv.scale_by_edf(3)
+    updates, state = optimizer.update(grads, optimizer.init(params), params, value_fn=loss)
+    jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=1e-5), updates, expected)
+    assert state.info.breakdown
+    np.testing.assert_allclose(state.info.cosine, 1.0)
+
+
+def test_a_state_in_which_nothing_is_found_does_not_read_as_finite():
+    """The gradient is not zero, but no output moves the gradient: the matrix is zero."""
+    loss = optcurv.Composite(lambda w: w, jnp.sum)
+    w, optimizer = jnp.ones(2), optcurv.scale_by_edf(2, damping_scale=0.0)
+    updates, state = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w, value_fn=loss)
+    np.testing.assert_array_equal(updates, 0)
+    assert not state.info.finite
+    updates, state = optimizer.update(0 * w, optimizer.init(w), w, value_fn=loss)
+    assert state.info.finite  # at a stationary point there is nothing to find
+
+
+def test_recommended_full_batch_setting_converges_where_the_published_one_does_not():
+    """A convolutional network on 100 digits: undamped, accelerated steps of k = 8 diverge."""
+    images, labels = (jnp.asarray(array[:100]) for array in sklearn.datasets.load_digits(return_X_y=True))
+    x, net = images.astype(jnp.float32).reshape(-1, 8, 8, 1) / 16, ConvolutionalNet()
+    loss = optcurv.Composite(
+        lambda params: net.apply(params, x),
+        lambda logits: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)),
+    )
+
+    @jax.jit
+    def step(params, state, damping_scale):
+        optimizer = optcurv.edf(1.0, 8, damping_scale=damping_scale, acceleration="nesterov")
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates), state, value
+
+    start = net.init(jax.random.key(0), x)
+    for damping_scale, converges in ((0.0, False), (1.0, True)):
+        params, state = start, optcurv.edf(1.0, acceleration="nesterov").init(start)
+        for _ in range(40):
+            params, state, value = step(params, state, damping_scale)
+        assert (value < 1e-4) == converges
+        assert state[0].info.finite == converges
+
+
+class ConvolutionalNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (4, 8):
+            x = nn.avg_pool(nn.tanh(nn.Conv(features, (3, 3))(x)), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(len(x), -1))
 
 
 def test_momentum_is_w1():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -79,23 +80,15 @@ class NnxNetwork(nnx.Module):
 
 @every_method
 def test_nnx_with_dropout_and_batch_norm_in_an_nnx_optimizer(case):
-    """The split/merge form: the closure merges its own module, so that what the forward pass mutates stays inside."""
     model = NnxNetwork(nnx.Rngs(params=0, dropout=1))
     optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param)
 
     @nnx.jit
     def train_step(model, optimizer, batch):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-        def model_fn(params):
-            merged = nnx.merge(graphdef, params, rest, copy=True)
-            logits = merged(batch.x)
-            return logits, nnx.state(merged, nnx.Not(nnx.Param))
-
-        loss = optcurv.Composite(model_fn, cross_entropy(batch.y), has_aux=True)
-        (value, new_rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        nnx.update(model, new_rest)  # running statistics and the dropout key's count
-        optimizer.update(model, grads, value=value, grad=grads, value_fn=loss)
+        loss = optcurv.Composite(lambda model: model(batch.x), cross_entropy(batch.y))
+        value_fn = optcurv.nnx_value_fn(loss, model)
+        value, grads = nnx.value_and_grad(loss)(model)  # moves running statistics and the dropout key's count on
+        optimizer.update(model, grads, value=value, grad=grads, value_fn=value_fn)
         return value
 
     model.train()
@@ -107,6 +100,50 @@ def test_nnx_with_dropout_and_batch_norm_in_an_nnx_optimizer(case):
     assert not np.allclose(model.norm.mean[...], 0)
     assert optcurv.diagnostics(optimizer.opt_state)
     assert model.dropout.rngs.count[...] == 40
+
+
+def nnx_losses(batch):
+    composite = optcurv.Composite(lambda model: model(batch.x), cross_entropy(batch.y))
+    return {
+        "composite": composite,
+        "plain": lambda model: composite(model),
+        "aux": optcurv.Composite(lambda model: (model(batch.x), "aux"), composite.loss_fn, has_aux=True),
+        "accumulated": optcurv.accumulate(
+            lambda micro: optcurv.Composite(lambda model: nnx.clone(model)(micro.x), cross_entropy(micro.y)),
+            jax.tree.map(lambda leaf: leaf[None], batch),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["composite", "plain", "aux", "accumulated"])
+def test_nnx_value_fn_is_the_loss_of_the_model_as_it_was(kind):
+    """It draws the mask that the next forward pass of the model draws, evaluates a copy, and leaves the model alone."""
+    model, loss = NnxNetwork(nnx.Rngs(params=0, dropout=1)), nnx_losses(problems.blobs())[kind]
+    value_fn, params = optcurv.nnx_value_fn(loss, model), nnx.state(model, nnx.Param)
+    assert isinstance(value_fn, optcurv.Composite) == (kind != "plain")
+    mean = model.norm.mean[...]
+    values = [value_fn(params) for _ in range(2)]
+    np.testing.assert_array_equal(model.norm.mean[...], mean)
+    value, grads = nnx.value_and_grad(nnx_losses(problems.blobs())["composite"])(model)
+    assert not np.allclose(model.norm.mean[...], mean)
+    values.append(value_fn(params))  # of the model as it was
+    for got in values:
+        np.testing.assert_allclose(got[0] if kind == "aux" else got, value, rtol=1e-6)
+    of_params = jax.grad(value_fn, has_aux=kind == "aux")(params)
+    of_params = of_params[0] if kind == "aux" else of_params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_params, grads)
+
+
+def test_nnx_value_fn_of_part_of_the_parameters():
+    head = nnx.All(nnx.Param, nnx.PathContains("head"))
+    model = NnxNetwork(nnx.Rngs(params=0, dropout=1))
+    optimizer = nnx.Optimizer(model, optcurv.pal(), wrt=head)
+    loss, kept = nnx_losses(problems.blobs())["composite"], model.hidden.kernel[...]
+    value_fn = optcurv.nnx_value_fn(loss, model, wrt=head)
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, head))(model)
+    optimizer.update(model, grads, value=value, grad=grads, value_fn=value_fn)
+    assert value_fn(nnx.state(model, head)) < value
+    np.testing.assert_array_equal(model.hidden.kernel[...], kept)
 
 
 def test_dropout_masks_are_the_same_in_every_evaluation_of_a_step():

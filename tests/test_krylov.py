@@ -123,6 +123,61 @@ def test_singular_inconsistent_system_keeps_the_least_squares_residual(dtype):
     np.testing.assert_allclose(info.residual_norm, np.sqrt(2), rtol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnames="order")
+def solve_many(matrices, right_hand_sides, order):
+    return jax.vmap(lambda a, b: optcurv.minres(lambda v: jnp.matmul(a, v, precision="highest"), b, order))(
+        matrices, right_hand_sides
+    )
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1], ids=["in-range", "outside-of-range"])
+@pytest.mark.parametrize("rank", [3, 10, 40])
+def test_semidefinite_systems_keep_their_answer_after_convergence(rank, outside):
+    """In float32, with many more steps than it takes: residual and length are those of the pseudo-inverse."""
+    rng, size, systems = np.random.default_rng(rank), 60, []
+    for number in range(30):
+        basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
+        spectrum = [rng.uniform(0.5, 2, rank), np.geomspace(1e-2, 1, rank), np.geomspace(1e-4, 1, rank)][number % 3]
+        a = (basis[:, :rank] * spectrum) @ basis[:, :rank].T
+        b = a @ rng.normal(size=size)
+        systems.append((a, b / np.linalg.norm(b) + outside * basis[:, -1]))
+    matrices, right_hand_sides = map(np.stack, zip(*systems, strict=True))
+    x, info = jax.device_get(solve_many(matrices.astype(np.float32), right_hand_sides.astype(np.float32), 30))
+    residuals = np.linalg.norm(right_hand_sides - np.einsum("nij,nj->ni", matrices, x), axis=1)
+    np.testing.assert_allclose(info.residual_norm, residuals, rtol=0, atol=1e-5)
+    assert np.all(residuals < outside + 2e-3)  # 30 steps are few for the worst conditioned; it was 1e5
+    pseudo_solutions = [np.linalg.lstsq(a, b, rcond=1e-6)[0] for a, b in systems]
+    assert np.all(np.linalg.norm(x, axis=1) < 50 * np.linalg.norm(pseudo_solutions, axis=1))  # it was 1e6
+    assert np.all(np.einsum("ni,ni->n", x, right_hand_sides) > 0)
+    assert not np.any(info.negative_curvature)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_negative_curvature_is_that_of_the_krylov_space(kind):
+    """The projection of A on it is found indefinite exactly if it is."""
+    for seed in range(5):
+        a, b = system(kind, seed)
+        for order in (1, 2, 5):
+            with jax.enable_x64(True):
+                _, info = solve(a, b, order, jnp.float64, shift=-0.5)
+            basis, _ = np.linalg.qr(np.stack([np.linalg.matrix_power(a, n) @ b for n in range(order)], axis=1))
+            lowest = np.linalg.eigvalsh(basis.T @ (a - 0.5 * np.eye(SIZE)) @ basis)[0]
+            assert info.negative_curvature == (lowest < 0)
+
+
+def test_first_step_is_that_of_one_step():
+    a, b = system("definite", seed=8)
+    _, info = solve(a, b, 5, jnp.float32)
+    np.testing.assert_allclose(info.first_step, (b @ a @ b) / (b @ a @ a @ b), rtol=1e-5)
+
+
+def test_a_step_that_gains_nothing_is_no_end():
+    """With eigenvalues 1 and -1 in equal parts, the first step leaves the residual as it is; the second solves."""
+    x, info = optcurv.minres(lambda v: jnp.array([1.0, -1.0]) * v, jnp.array([1.0, 1.0 + 1e-6]), 2)
+    np.testing.assert_allclose(x, [1.0, -1.0], rtol=1e-5)
+    assert info.residual_norm < 1e-6
+
+
 def test_identity_takes_one_step_and_zero_takes_none():
     x, info = optcurv.minres(lambda v: v, jnp.array([3.0, 4.0]), 5)
     np.testing.assert_allclose(x, [3.0, 4.0], rtol=1e-6)

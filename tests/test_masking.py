@@ -96,3 +96,33 @@ def test_missing_closure_is_still_our_error():
     optimizer = optcurv.masked(optcurv.edf(0.1), MASK)
     with pytest.raises(TypeError, match="needs the extra argument value_fn"):
         optimizer.update(params, optimizer.init(params), params)
+
+
+def test_mask_that_does_not_fit_the_parameters():
+    optimizer = optcurv.masked(optcurv.edf(0.1), {"a_kernel": True})
+    with pytest.raises(ValueError, match=r"(?s)mask must be a prefix of the structure of params.*b_bias"):
+        optimizer.init(problems.network_params())
+
+
+def test_integers_stay_outside_of_the_mask():
+    """The gradient of integers has the dtype float0, which `optax.apply_updates` cannot add."""
+    params = {"repeats": jnp.array([1, 2]), "w": jnp.array([3.0, 4.0])}
+    loss = optcurv.Composite(lambda p: p["repeats"] * p["w"], lambda outputs: jnp.sum(outputs**2))
+    optimizer = optcurv.masked(optcurv.edf(1.0, 2, damping_scale=0.0), {"repeats": False, "w": True})
+    grads = jax.grad(loss, allow_int=True)(params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, grad=grads, value_fn=loss)
+    final = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(final["w"], 0.0, atol=1e-5)
+    np.testing.assert_array_equal(final["repeats"], params["repeats"])
+    assert final["repeats"].dtype == params["repeats"].dtype
+
+
+def test_accumulated_loss_inside_the_mask():
+    params, batch = problems.network_params(), problems.blobs()
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), batch)
+    accumulated = optcurv.accumulate(problems.network_loss, halves)
+    one, other = (
+        train(optcurv.masked(optcurv.pal(), MASK), params, loss, 1)[0]
+        for loss in (accumulated, problems.network_loss(batch))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)

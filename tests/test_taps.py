@@ -67,6 +67,19 @@ class Casts(nn.Module):
         return nn.Dense(2)(nn.relu(nn.Dense(4, param_dtype=jnp.bfloat16, dtype=jnp.float32)(x)))
 
 
+def experts(p, x):
+    """Two, the first axis of all activations."""
+    hidden = jnp.tanh(jnp.einsum("nd,edf->enf", x, p["w"]) + p["b"][:, None])
+    return jnp.sum(jnp.einsum("enf,efk->enk", hidden, p["v"]) + p["c"][:, None], axis=0)
+
+
+def channels_first(p, x):
+    """The bias is added behind the transpose."""
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x[:, :, None, None], p["w"], (1, 1), "SAME", dimension_numbers=dimensions)
+    return jnp.moveaxis(x, 3, 1) + p["b"][:, None, None]
+
+
 def nnx_network():
     network = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     graph, params = nnx.split(network)
@@ -112,6 +125,21 @@ NETWORKS = {
     "transposed": lambda: by_hand(lambda p, x: x @ p["w"].T, w=(4, 3)),
     "kernel-first": lambda: by_hand(lambda p, x: jnp.einsum("kd,nd->kn", p["w"], x).T, w=(4, 3)),
     "vmap": lambda: by_hand(lambda p, x: jax.vmap(lambda x: x @ p["w"] + p["b"])(x), w=(3, 4), b=(4,)),
+    "vmap-kernel-first": lambda: by_hand(
+        lambda p, x: jax.vmap(lambda x: p["v"] @ jnp.tanh(p["w"] @ x + p["b"]) + p["c"])(x),
+        **{"w": (4, 3), "b": (4,), "v": (2, 4), "c": (2,)},
+    ),
+    "experts": lambda: by_hand(experts, w=(2, 3, 4), b=(2, 4), v=(2, 4, 2), c=(2, 2)),
+    "experts-second": lambda: by_hand(
+        lambda p, x: jnp.einsum("ned,edf->nef", (x @ p["v"]).reshape(-1, 2, 2), p["w"]) + p["b"],
+        **{"v": (3, 4), "w": (2, 2, 4), "b": (2, 4)},
+    ),
+    "heads": lambda: by_hand(
+        lambda p, x: jnp.swapaxes(jnp.swapaxes((x @ p["w"]).reshape(-1, 2, 3), 0, 1) + p["b"][:, None], 0, 1),
+        **{"w": (3, 6), "b": (2, 3)},
+    ),
+    "conv-channels-first": lambda: by_hand(channels_first, w=(3, 1, 1, 4), b=(4,)),
+    "conv-transposed": lambda: linen(nn.ConvTranspose(3, (3, 2), strides=(2, 1), transpose_kernel=True), N, 4, 3, 2),
     "side-by-side": lambda: by_hand(lambda p, x: x @ jnp.concatenate([p["v"], p["w"]], axis=0), v=(1, 4), w=(2, 4)),
     "loss-penalty": lambda: by_hand(lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2) * 0, w=(3, 4)),
 }
@@ -156,7 +184,7 @@ def test_taps_give_per_example_gradients_and_leaves_undoes_parts(name):
     def of_each_layer(params):
         """From taps, by `jax.vmap` of `jax.grad`, and the leaves again."""
         expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
-        leaves, (_, taps), rows = jax.tree.leaves(params), tap(loss, params), []
+        leaves, taps, rows = jax.tree.leaves(params), tap(loss, params).uses, []
         for layer, uses in zip(found.found, taps, strict=True):
             actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
             reference = jax.vmap(functools.partial(matrices, layer))(expected)
@@ -334,6 +362,145 @@ def test_scan_over_layers_equals_the_layers_one_by_one():
             np.testing.assert_allclose(stack[i], alone[0], rtol=1e-4, atol=1e-6)
 
 
+# Parameters in no layer.
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Dense(4)(x))
+        x = nn.BatchNorm(use_running_average=True)(nn.GroupNorm(num_groups=2)(x))
+        return nn.RMSNorm()(x)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.LayerNorm()(nn.Dense(3)(x))), None
+
+
+class StackedNorms(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.scan(Normed, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
+
+
+def normalised():
+    params, _, x = linen(Normalised(), N, 6, 3)
+    statistics = {"BatchNorm_0": {"mean": normal(4), "var": normal(4, seed=1) ** 2}}
+    return params, lambda p, x: Normalised().apply({"params": p, "batch_stats": statistics}, x), x
+
+
+def looked_up(fn, **shapes):
+    """Of tokens that come several times in an example."""
+    params, _, _ = by_hand(None, **shapes)
+    return params, fn, jnp.asarray([[1, 1, 2], [0, 3, 1], [2, 2, 2], [4, 0, 3], [3, 1, 3]])
+
+
+def with_class_token(p, x):
+    x = x @ p["w"] + p["positions"] + jnp.broadcast_to(p["offset"], (len(x), 6, 4))
+    return jnp.concatenate([jnp.broadcast_to(p["token"], (len(x), 1, 4)), x], axis=1)
+
+
+def step_by_step(p, tokens):
+    """Looks up, and normalises, within a scan."""
+
+    def step(state, token):
+        state = jnp.tanh(state @ p["w"] + p["table"][token]) * (1 + p["scale"])
+        return state, state
+
+    states = jax.lax.scan(step, jnp.zeros((len(tokens), 3)), tokens.T)[1]
+    return jnp.moveaxis(states, 0, 1)
+
+
+OTHERS = {
+    "norms": normalised,
+    "norms-under-scan": lambda: linen(StackedNorms(), N, 3),
+    "offsets": lambda: (
+        by_hand(None, w=(3, 4), positions=(6, 4), token=(4,), offset=(4,))[0],
+        with_class_token,
+        normal(N, 6, 3),
+    ),
+    "functions-of-entries": lambda: by_hand(
+        lambda p, x: x @ p["w"] * (1 + p["scale"]) / jnp.exp(-p["log"]) + p["offset"].T.reshape(4),
+        w=(3, 4),
+        scale=(4,),
+        log=(),
+        offset=(2, 2),
+    ),
+    "prelu": lambda: by_hand(
+        lambda p, x: jnp.maximum(x @ p["w"], 0) - p["a"] * jnp.minimum(x @ p["w"], 0), w=(3, 4), a=(4,)
+    ),
+    "lookup": lambda: looked_up(lambda p, t: jnp.take(p["table"], t, axis=0) @ p["w"], table=(5, 3), w=(3, 2)),
+    "lookup-under-vmap": lambda: looked_up(
+        lambda p, t: jax.vmap(lambda t: p["table"][t].reshape(-1) @ p["w"])(t), table=(5, 3, 2), w=(18, 2)
+    ),
+    "lookup-under-scan": lambda: looked_up(step_by_step, table=(5, 3), w=(3, 3), scale=(3,)),
+    "tied": lambda: looked_up(lambda p, t: jnp.tanh(p["table"][t] @ p["w"]) @ p["table"].T, table=(5, 3), w=(3, 3)),
+    "both-ways": lambda: by_hand(lambda p, x: jnp.tanh(jnp.tanh(x @ p["v"]) @ p["v"].T) @ p["w"], v=(3, 4), w=(3, 2)),
+    "one-bias-for-two": lambda: by_hand(
+        lambda p, x: jnp.tanh(x @ p["v"] + p["b"]) * (x @ p["w"] + p["b"]), v=(3, 4), w=(3, 4), b=(4,)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_squares_are_those_of_each_examples_own_gradient(name):
+    params, network, x = OTHERS[name]()
+    targets = normal(*jax.eval_shape(network, params, x).shape, seed=3)
+    one = lambda params, x, target: jnp.sum(jnp.tanh(network(params, x[None])[0]) * target)  # noqa: E731
+
+    @jax.jit
+    def squares(params):
+        own = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
+        return tap(mean_loss(network, x, targets), params).squares, jax.tree.map(lambda g: jnp.mean(g**2, axis=0), own)
+
+    found = optcurv.layers(mean_loss(network, x, targets), params)
+    actual, expected = squares(params)
+    assert actual.keys() == {path for path, _ in found.others.values()} != set()
+    assert not found.estimated
+    expected = jax.tree.leaves(expected)
+    for leaf, (path, _) in found.others.items():
+        np.testing.assert_allclose(actual[path], expected[leaf], rtol=0, atol=2e-5 * np.max(expected[leaf]))
+
+
+def everything(p, tokens):
+    """A table that is the head too, norms with a function of their scale, and a layer."""
+    x = p["table"][tokens] @ p["w"] + p["b"]
+    x = (x - jnp.mean(x)) * (jax.lax.rsqrt(jnp.var(x, axis=(0, 1))) * (1 + p["scale"]))
+    return jnp.tanh(x + p["other"][tokens]) @ p["table"].T
+
+
+def test_squares_on_several_devices_and_of_micro_batches():
+    shapes = {"table": (5, 3), "w": (3, 3), "b": (3,), "scale": (3,), "other": (5, 3)}
+    params, _, _ = by_hand(None, **shapes)
+    tokens, targets = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 4))), normal(8, 4, 5)
+    parts = lambda array: array.reshape(2, 4, *array.shape[1:])  # noqa: E731
+
+    def loss_of(batch):
+        tokens, targets = batch
+        return lambda p: jnp.mean(jnp.sum(everything(p, tokens) * targets, axis=(1, 2)))
+
+    def of_whole(params):
+        """Each half is normalised alone: its squares, averaged."""
+        return jax.vmap(lambda *batch: tap(loss_of(batch), params).squares)(parts(tokens), parts(targets))
+
+    def of_micro_batches(params):
+        return tap(optcurv.accumulate(loss_of, (parts(tokens), parts(targets))), params).squares
+
+    def on_devices(params, *batch):
+        loss = lambda p: jax.lax.pmean(loss_of(batch)(p), "data")  # noqa: E731
+        return jax.lax.pmean(tap(loss, params).squares, "data")
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (jax.P(), jax.P("data"), jax.P("data"))
+    sharded = jax.jit(jax.shard_map(on_devices, mesh=mesh, in_specs=specs, out_specs=jax.P()))
+    expected = jax.tree.map(lambda square: jnp.mean(square, axis=0), jax.jit(of_whole)(params))
+    assert expected.keys() == {"['table']", "['scale']", "['other']"}
+    for actual in (jax.jit(of_micro_batches)(params), sharded(params, tokens, targets)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected)
+
+
 # What is no layer, and what cannot be told.
 
 
@@ -341,21 +508,79 @@ def test_table_says_why_a_parameter_is_in_no_layer():
     def loss(p):
         x = p["table"][jnp.arange(5)] * p["scale"]
         tied = jnp.tanh(x @ p["tied"]) @ p["tied"].T
-        return jnp.mean(jnp.tanh(tied @ p["w"] + p["shared"]) + (x @ p["v"] + p["shared"]))
+        outputs = jnp.tanh(tied @ p["w"] + p["shared"]) + (x @ p["v"] + p["shared"])
+        outputs += x @ jax.lax.stop_gradient(p["w"])
+        outputs += x @ p["looped"] + x @ jax.lax.map(lambda _: 2 * p["looped"], jnp.arange(1))[0]
+        logits = outputs @ p["embedding"].T + p["embedding"][jnp.arange(5)] @ jnp.ones((2, 3))
+        penalty = jnp.linalg.norm(p["w"]) + jnp.sum(p["v"] ** 2) + jnp.sum(p["penalised"] ** 2) / 2
+        return jnp.mean(logits + jnp.sort(p["sorted"])) + 0.1 * penalty
 
     shapes = {"table": (7, 3), "scale": (3,), "tied": (3, 4), "w": (3, 2), "shared": (2,), "v": (3, 2), "unused": (2,)}
+    shapes |= {"embedding": (3, 2), "looped": (3, 2), "penalised": (2,), "sorted": (3,)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     rows = [re.split(r"  +", line) for line in str(optcurv.layers(loss, params)).splitlines()]
     assert rows == [
         ["parameter", "kind", "factors"],
         ["['v']", "dense", "(3, 2)"],
         ["['w']", "dense", "(3, 2)"],
+        ["['embedding']", "diagonal", "multiplies activations and goes into gather"],
+        ["['looped']", "diagonal, estimated", "multiplies activations and goes into mul"],
+        ["['penalised']", "diagonal, estimated", "goes into integer_pow"],
         ["['scale']", "diagonal", "goes into mul"],
         ["['shared']", "diagonal", "is added in several places"],
+        ["['sorted']", "diagonal, estimated", "goes into sort"],
         ["['table']", "diagonal", "goes into gather"],
         ["['tied']", "diagonal", "multiplies activations in several layouts"],
-        ["['unused']", "diagonal", "in no layer"],
+        ["['unused']", "diagonal, estimated", "in no layer"],
     ]
+
+
+def dispatched(p, x):
+    """A mixture whose experts have slots for tokens of any example, and a bias for pairs of places by a network."""
+    x = x + jnp.sum(jnp.tanh(normal(4 * N, 2) @ p["places"] + p["offset"]))
+    slots = jnp.einsum("nec,nd->ecd", normal(N, 2, 7), x)
+    return x @ p["w"] + jnp.sum(jnp.einsum("ecd,edf->ecf", slots, p["experts"]))
+
+
+def test_layers_that_do_not_see_the_examples_are_left_out_by_name():
+    params, _, x = by_hand(None, places=(2, 3), offset=(3,), experts=(2, 3, 2), w=(3, 2))
+    loss = lambda p: jnp.mean(jnp.tanh(dispatched(p, x)))  # noqa: E731
+    with pytest.raises(ValueError, match=r"Pass batch_size.*leave out layers.*leave_out="):
+        tap(loss, params)
+    with pytest.raises(ValueError, match=r"inputs of \['experts'\].* hold no 5 examples.*leave out layers"):
+        tap(loss, params, batch_size=N)
+    names = ["['experts']", "['places']"]
+    found = optcurv.layers(loss, params, leave_out=names)
+    assert [layer.path for layer in found.found] == ["['w']"]
+    assert list(found.others.values()) == [
+        ("['experts']", "left out"),
+        ("['offset']", "is added to a layer left out"),
+        ("['places']", "left out"),
+    ]
+    assert found.estimated == set(found.others)
+    uses, squares = jax.eval_shape(lambda p: tap(loss, p, leave_out=names)[1:], params)
+    assert uses[0][0].inputs.shape == (1, N, 1, 4)
+    assert not squares
+    with pytest.raises(ValueError, match=r"no parameter by \['v'\]; there are \['experts'\], "):
+        optcurv.layers(loss, params, leave_out=["['v']"])
+    with pytest.raises(TypeError, match=r"leave_out=\[.*single string"):
+        optcurv.layers(loss, params, leave_out="['w']")
+
+
+def test_a_table_of_positions_alone_is_estimated():
+    """Though there are four times as many positions as examples."""
+    params, _, x = by_hand(None, w=(3, 3), table=(7, 3), offset=(3,))
+    places = jnp.arange(4 * N) % 7
+    loss = lambda p: jnp.mean(jnp.tanh(x @ p["w"] + jnp.sum(p["table"][places] * p["offset"], axis=0)))  # noqa: E731
+    assert not jax.eval_shape(lambda p: tap(loss, p).squares, params)
+
+
+def test_members_of_an_ensemble_with_inputs_of_their_own_are_a_stack():
+    params, net, x = by_hand(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), w=(3, 3, 4), b=(3, 4))
+    together = lambda p: jnp.mean(jax.vmap(net, (0, None))(p, x))  # noqa: E731
+    apart = lambda p: jnp.mean(jax.vmap(net)(p, jnp.broadcast_to(x, (3, *x.shape))))  # noqa: E731
+    assert str(optcurv.layers(together, params)).endswith("['w']      dense + bias  (4, 12)")
+    assert str(optcurv.layers(apart, params)).endswith("['w']      dense + bias  3 x (4, 4)")
 
 
 def test_number_of_examples():
@@ -390,10 +615,20 @@ def test_a_grid_of_positions_stands_for_all():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), measured(grid), measured(whole))
 
 
-def test_a_bias_whose_entries_change_places_stays_alone():
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda p, x: jnp.einsum("nd,dhk->nhk", x, p["w"]) + p["b"].T,
+        lambda p, x: jnp.swapaxes(jnp.einsum("nd,dhk->nhk", x, p["w"]), 1, 2) + p["b"],
+        lambda p, x: jnp.swapaxes(jnp.einsum("nd,dhk->nhk", x, p["w"]), 1, 2).reshape(N, 4) + p["b"].reshape(4),
+        lambda p, x: jnp.einsum("nd,dhk->nhk", x, p["w"]) + p["b"][::-1],
+        lambda p, x: jnp.einsum("ntd,dhk->nthk", x[:, None], p["w"]).reshape(-1, 2) + p["b"][:, 0],
+    ],
+    ids=["transposed", "behind-transpose", "merged", "reversed", "some-features"],
+)
+def test_a_bias_whose_entries_change_places_stays_alone(network):
     params, x = {"w": normal(3, 2, 2), "b": normal(2, 2)}, normal(N, 3)
-    loss = lambda p: jnp.mean(jnp.einsum("nd,dhk->nhk", x, p["w"]) + p["b"].T)  # noqa: E731
-    found = optcurv.layers(loss, params)
+    found = optcurv.layers(lambda p: jnp.mean(network(p, x)), params)
     assert found.found[0].bias is None
     assert [path for path, _ in found.others.values()] == ["['b']"]
 

@@ -358,6 +358,23 @@ def test_a_tree_without_arrays_is_returned_as_it_is():
         assert updates == params
 
 
+def test_a_scale_has_its_own_squares_and_a_kernel_left_out_an_estimate():
+    x, y = normal(7, 4), normal(7, 2)
+    params = {"kernel": normal(4, 3), "scale": normal(3), "head": normal(3, 2)}
+
+    def one(p, x, y):
+        return jnp.sum((jnp.tanh(x @ p["kernel"]) * p["scale"] @ p["head"] - y) ** 2)
+
+    loss = lambda p: jnp.mean(jax.vmap(one, (None, 0, 0))(p, x, y))  # noqa: E731
+    found = optcurv.layers(loss, params, leave_out=["['head']"])
+    _, state = first_update(params, loss, layers=found)
+    own = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, y)
+    actual = {path: square / state.weight for path, square in state.squares.items()}
+    assert actual.keys() == {"['scale']", "['head']"}
+    np.testing.assert_allclose(actual["['scale']"], np.mean(own["scale"] ** 2, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(actual["['head']"], 7 * np.mean(own["head"], axis=0) ** 2, rtol=1e-4)
+
+
 def test_statistics_that_are_not_finite_are_not_averaged_in():
     params, loss_of, _ = two_layers()
     optimizer = optcurv.scale_by_kronecker(factor_every=1)
