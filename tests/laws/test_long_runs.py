@@ -74,7 +74,7 @@ def network(params, x):
 
 def loss_on(batch):
     def loss_fn(logits):
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.y))
+        return jnp.mean(optcurv.softmax_cross_entropy_with_integer_labels(logits, batch.y))
 
     return optcurv.Composite(lambda params: network(params, batch.x), loss_fn)
 
