@@ -42,7 +42,11 @@ def _full_batch_edf(krylov_dim: int) -> Method:
 
 
 def _edf(krylov_dim: int, curvature: CurvatureFn) -> Callable[..., optax.GradientTransformation]:
-    """EDF damped as published for mini-batches, and plain: W1 momentum lost more single-seed trials than it won."""
+    """EDF damped as published for mini-batches, without acceleration.
+
+    On these networks W1 momentum lost more single-seed trials than it won; on a ResNet with BatchNorm it won at all
+    three rates tried.
+    """
     return functools.partial(optcurv.edf, krylov_dim=krylov_dim, curvature=curvature)
 
 

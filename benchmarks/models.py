@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
 
 def classification_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     """Softmax cross-entropy, averaged over the batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+    return optcurv.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
 
 def reconstruction_loss(logits: jax.Array, batch: Batch) -> jax.Array:

@@ -10,6 +10,7 @@ from optcurv.hessian_mass import diagonal_mass, least_squares_diagonal_mass, wig
 from optcurv.kronecker import BLOCK, DIAGONAL, KRONECKER, Structure
 from optcurv.krylov import Metric, Stop, lanczos, minres, steihaug
 from optcurv.labels import sample_categorical, sample_gaussian
+from optcurv.losses import softmax_cross_entropy_with_integer_labels
 from optcurv.masking import masked
 from optcurv.pal import pal, scale_by_parabolic_linesearch
 from optcurv.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
@@ -95,6 +96,7 @@ __all__ = [
     "scale_by_parabolic_linesearch",
     "settled_statistics",
     "sgd_rk2",
+    "softmax_cross_entropy_with_integer_labels",
     "spectral_density",
     "state_shardings",
     "steihaug",

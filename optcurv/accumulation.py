@@ -18,8 +18,13 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
     .. math:: L(w) = \frac1m \sum_{i=1}^m L_i(w)
 
     Its value, gradient and curvature products are those of the whole batch, to rounding, so that a step is the one that
-    a large enough machine would take. Micro-batches are evaluated one after the other, and again where a gradient or a
-    product needs what the forward pass left, so products cost up to a half more.
+    a large enough machine would take. **Not so with BatchNorm in training mode**, or whatever else mixes the examples
+    of a batch: each micro-batch is then normalised by its own statistics, and running statistics that the model
+    returns come back once for each micro-batch, all updated from the same old ones; average them, as in
+    `jax.tree.map(lambda s: s.mean(0), updated)`.
+
+    Micro-batches are evaluated one after the other, and again where a gradient or a product needs what the forward
+    pass left, so products cost up to a half more.
 
     The Kronecker factors of `optcurv.scale_by_kronecker` are taken of all micro-batches together; with
     `curvature_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.

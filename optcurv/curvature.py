@@ -210,7 +210,7 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
             f"{type(composite).__name__}. Write it as\n"
             "    value_fn = optcurv.Composite(\n"
             "        model_fn=lambda p: net.apply({'params': p}, x),\n"
-            "        loss_fn=lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(),\n"
+            "        loss_fn=lambda logits: optcurv.softmax_cross_entropy_with_integer_labels(logits, y).mean(),\n"
             "    )\n"
             "or choose curvature=optcurv.hessian_product, which takes any closure."
         )

@@ -23,7 +23,7 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
       >>> import jax.numpy as jnp, optcurv
       >>> state = optcurv.pal().init(jnp.zeros(3))
       >>> sorted(optcurv.diagnostics(state))
-      ['pal/case', 'pal/curvature', 'pal/slope', 'pal/step']
+      ['pal/case', 'pal/clipped', 'pal/curvature', 'pal/noise', 'pal/slope', 'pal/step']
     """
     gathered = {}
     seen: dict[str, int] = {}

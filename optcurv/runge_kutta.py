@@ -20,6 +20,7 @@ from optcurv.arguments import (
     scalar_fn,
     scheduled,
 )
+from optcurv.spikes import Watch, keep_usable, look, start_watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +75,28 @@ class RungeKuttaInfo(NamedTuple):
 
     Attributes:
       correction: :math:`\|\bar g - g\| / \|g\|`; large where the step size is beyond what the loss's curvature bears.
-      finite: whether all stages' gradients were finite; if not, the updates are zero and the inner state stays.
+      finite: whether the gradients of all stages and what the inner optimiser made of them were finite; if not, the
+        updates are zero and the inner state stays.
+      refused: whether the gradient was a spike; likewise.
     """
 
     correction: jax.Array
     finite: jax.Array
+    refused: jax.Array
 
 
 class RungeKuttaState(NamedTuple):
-    """State of `runge_kutta`: the step count, for schedules, the inner optimiser's state, and the last step's info."""
+    """State of `runge_kutta`.
+
+    Attributes:
+      count: steps taken, for schedules.
+      watch: for spikes of the gradient.
+      inner: the inner optimiser's state.
+      info: of the last step.
+    """
 
     count: jax.typing.ArrayLike
+    watch: Watch
     inner: PyTree
     info: RungeKuttaInfo
 
@@ -105,6 +117,10 @@ def runge_kutta(
     closure, and with it the same batch and random keys; a step costs as many gradients as the scheme has stages. The
     update takes the extra argument `value_fn` (required) and hands all of them on: `value` and `grad` are for the inner
     optimiser those at the parameters, as a line search needs them.
+
+    What is not finite moves nothing and does not reach the inner optimiser's state. Nor does a gradient a thousand
+    times as large as any before, unless it comes twice in a row; where gradients fall below 1e-6 of the largest, the
+    inner optimiser starts anew: Adam would take 10⁵ steps to forget a spike.
 
     Args:
       inner: any optax transformation.
@@ -139,8 +155,8 @@ def runge_kutta(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> RungeKuttaState:
-        info = RungeKuttaInfo(jnp.zeros((), jnp.float32), jnp.ones((), bool))
-        return RungeKuttaState(jnp.zeros((), jnp.int32), inner.init(params), info)
+        info = RungeKuttaInfo(jnp.zeros((), jnp.float32), jnp.ones((), bool), jnp.zeros((), bool))
+        return RungeKuttaState(jnp.zeros((), jnp.int32), start_watch(params), inner.init(params), info)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, *, value_fn: ValueFn, **extra_args: Any
@@ -156,13 +172,13 @@ def runge_kutta(
 
         norm = optax.tree.norm(stages[0])
         correction = optax.tree.norm(optax.tree.sub(slope, stages[0])) / jnp.where(norm > 0, norm, 1.0)
-        finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(slope))
+        watch = look(state.watch, updates)
+        before = optax.tree.where(watch.after_spike, inner.init(params), state.inner)
         extra_args = {"grad": updates} | extra_args | {"value_fn": value_fn}
-        results, inner_state = inner.update(optax.tree.cast_like(slope, updates), state.inner, params, **extra_args)
-        results = optax.tree.where(finite, results, optax.tree.zeros_like(results))
-        inner_state = optax.tree.where(finite, inner_state, state.inner)
-        info = RungeKuttaInfo(jnp.float32(correction), finite)
-        return results, RungeKuttaState(optax.safe_increment(state.count), inner_state, info)
+        results, inner_state = inner.update(optax.tree.cast_like(slope, updates), before, params, **extra_args)
+        results, inner_state, used = keep_usable(watch, results, inner_state, before)
+        info = RungeKuttaInfo(jnp.float32(correction), used | watch.refused, watch.refused)
+        return results, RungeKuttaState(optax.safe_increment(state.count), watch, inner_state, info)
 
     return checked("runge_kutta", init, update)
 
@@ -218,6 +234,7 @@ def adam_rk2(
     r"""Adam on the slope of a Runge-Kutta step; emits the final step.
 
     See `optcurv.runge_kutta`, with h = η (appendix A.3.1), for the slope and for the extra arguments of the update.
+    Adam's averages are kept in at least float32: in float16 the squares overflow, and the default `eps` is 0.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -246,4 +263,12 @@ def adam_rk2(
     check_number("b1", b1, minimum=0.0, maximum=1.0, constant=True)
     check_number("b2", b2, minimum=0.0, maximum=1.0, constant=True)
     check_number("eps", eps, minimum=0.0, constant=True)
-    return runge_kutta(optax.adam(learning_rate, b1, b2, eps), learning_rate, tableau=tableau)
+    adam = optax.adam(learning_rate, b1, b2, eps)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        del params  # Adam needs none
+        results, state = adam.update(at_least_float32(updates), state)
+        return optax.tree.cast_like(results, updates), state
+
+    in_float32 = optax.GradientTransformation(lambda params: adam.init(at_least_float32(params)), update)
+    return runge_kutta(in_float32, learning_rate, tableau=tableau)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, check_count
+from optcurv.taps import Layers
 
 SliceFn = Callable[..., PyTree]
 """Maps parameters, or parameters and a batch, to a number or any pytree of metrics."""
@@ -236,20 +237,25 @@ def plane(
     return _evaluate(value_fn, (center, *directions), weights, batches, num_at_once)
 
 
-def random_direction(key: chex.PRNGKey, params: PyTree) -> PyTree:
+def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None = None) -> PyTree:
     r"""Draws a direction whose filters are as long as the parameters'.
 
-    Each filter, all weights that lead to one output (the last axis of a kernel), is Gaussian noise scaled to the norm
-    of that filter of `params` (Li et al. 2018, "Visualizing the loss landscape of neural nets");
-    biases and scales (arrays of one axis or none) stay where they are. So slices of networks whose layers could be
-    rescaled without changing their outputs can be compared.
+    Each filter, all weights that lead to one output, is Gaussian noise scaled to the norm of that filter of `params`
+    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales stay where they are. So slices
+    of networks whose layers could be rescaled without changing their outputs can be compared.
 
     Args:
       key: of `jax.random`.
       params: parameters, any pytree of real arrays.
+      layers: `optcurv.layers(loss, params)`, which knows the outputs of each kernel: needed for kernels with the
+        outputs first (equinox, PyTorch), with several axes of outputs (attention), or stacked (`nn.scan`). Parameters
+        in no layer stay where they are. Default: the last axis of each array of two axes or more is the outputs'.
 
     Returns:
       A pytree like `params`.
+
+    Raises:
+      TypeError: if `layers` is something else.
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
@@ -257,18 +263,33 @@ def random_direction(key: chex.PRNGKey, params: PyTree) -> PyTree:
       >>> direction = optcurv.random_direction(jax.random.key(0), params)
       >>> print(jnp.linalg.norm(direction["kernel"], axis=0), direction["bias"])
       [5. 2.] [0. 0.]
+      >>> loss = lambda p: jnp.sum(jnp.ones((3, 2)) @ p["kernel"].T + p["bias"])  # outputs first
+      >>> direction = optcurv.random_direction(jax.random.key(0), params, layers=optcurv.layers(loss, params))
+      >>> print(jnp.linalg.norm(direction["kernel"], axis=1).round(4))
+      [3.     4.4721]
     """
+    if layers is not None and not isinstance(layers, Layers):
+        raise TypeError(f"layers must be what optcurv.layers(loss, params) returns, got {type(layers).__name__}.")
     leaves, structure = jax.tree.flatten(params)
-
-    def draw(key: chex.PRNGKey, leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2:
-            return jnp.zeros_like(leaf)
-        noise, axes = jax.random.normal(key, leaf.shape, leaf.dtype), tuple(range(leaf.ndim - 1))
-        length, noise_length = (jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (leaf, noise))
-        return noise * (length / noise_length)
-
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [draw(*pair) for pair in zip(keys, leaves, strict=True)])
+
+    def draw(key: chex.PRNGKey, kernel: jax.Array) -> jax.Array:
+        """Of a kernel arranged as (stack, in, out)."""
+        noise = jax.random.normal(key, kernel.shape, kernel.dtype)
+        return noise * (jnp.linalg.norm(kernel, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True))
+
+    drawn = [jnp.zeros_like(leaf) for leaf in leaves]
+    if layers is None:
+        for place, leaf in enumerate(leaves):
+            if leaf.ndim > 1:
+                drawn[place] = draw(keys[place], leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
+    else:
+        for layer in layers.found:
+            kernel, *bias = layer.parts(leaves)
+            parts = draw(keys[layer.kernel], kernel), *map(jnp.zeros_like, bias)
+            for place, leaf in layer.leaves(parts, leaves).items():
+                drawn[place] = leaf
+    return jax.tree.unflatten(structure, drawn)
 
 
 def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:

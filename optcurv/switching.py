@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optcurv.arguments import PyTree, check_count, check_number, check_transformation, checked
+from optcurv.spikes import Watch, keep_usable, look, start_watch
 
 
 class SwitchRule(NamedTuple):
@@ -92,9 +93,17 @@ def _at_step(step: int) -> SwitchRule:
 
 
 class SwitchInfo(NamedTuple):
-    """Which stage the last step belonged to: 0 or 1."""
+    """What one step did; scalars for the log.
+
+    Attributes:
+      stage: 0 or 1.
+      finite: whether all that the stage returned was finite; if not, the updates are zero and its state stays.
+      refused: whether the gradient was a spike; likewise.
+    """
 
     stage: jax.Array
+    finite: jax.Array
+    refused: jax.Array
 
 
 class SwitchState(NamedTuple):
@@ -102,12 +111,14 @@ class SwitchState(NamedTuple):
 
     Attributes:
       rule: of what decides.
+      watch: for spikes of the gradient.
       first: of the first optimiser.
       second: of the second, fresh until the switch.
       info: of the last step.
     """
 
     rule: Any
+    watch: Watch
     first: PyTree
     second: PyTree
     info: SwitchInfo
@@ -120,6 +131,10 @@ def switch(
 
     Only the active one is computed. The second starts with a fresh state, made from the parameters at the switch. Two
     switches in a row make three stages, and so on.
+
+    What is not finite moves nothing and does not reach a stage's state. Nor does a gradient a thousand times as large
+    as any before, unless it comes twice in a row; where gradients fall below 1e-6 of the largest, the active stage
+    starts anew.
 
     Args:
       first: any transformation.
@@ -156,7 +171,8 @@ def switch(
     rule = when
 
     def init(params: PyTree) -> SwitchState:
-        return SwitchState(rule.init(), first.init(params), second.init(params), SwitchInfo(jnp.zeros((), jnp.int32)))
+        info = SwitchInfo(jnp.zeros((), jnp.int32), jnp.ones((), bool), jnp.zeros((), bool))
+        return SwitchState(rule.init(), start_watch(params), first.init(params), second.init(params), info)
 
     def update(
         updates: PyTree,
@@ -171,19 +187,25 @@ def switch(
         if monitored_value is not None:
             extra_args["monitored_value"] = monitored_value
 
-        def run_first() -> tuple[PyTree, PyTree, PyTree]:
-            new_updates, new_state = first.update(updates, state.first, params, **extra_args)
-            return optax.tree.cast_like(new_updates, updates), new_state, state.second
+        watch = look(state.watch, updates)
 
-        def run_second() -> tuple[PyTree, PyTree, PyTree]:
-            start = state.second if params is None else second.init(params)
-            start = optax.tree.where(switched, state.second, start)
-            new_updates, new_state = second.update(updates, start, params, **extra_args)
-            return optax.tree.cast_like(new_updates, updates), state.first, new_state
+        def run(stage: optax.GradientTransformationExtraArgs, before: PyTree, starts: jax.Array) -> tuple[Any, ...]:
+            fresh = before if params is None else stage.init(params)
+            before = optax.tree.where(starts | watch.after_spike, fresh, before)
+            new_updates, new_state = stage.update(updates, before, params, **extra_args)
+            return keep_usable(watch, optax.tree.cast_like(new_updates, updates), new_state, before)
+
+        def run_first() -> tuple[Any, ...]:
+            new_updates, new_state, used = run(first, state.first, jnp.zeros((), bool))
+            return new_updates, new_state, state.second, used
+
+        def run_second() -> tuple[Any, ...]:
+            new_updates, new_state, used = run(second, state.second, ~switched)
+            return new_updates, state.first, new_state, used
 
         stage = switched | is_time
-        new_updates, first_state, second_state = jax.lax.cond(stage, run_second, run_first)
-        info = SwitchInfo(stage.astype(jnp.int32))
-        return new_updates, SwitchState(rule_state, first_state, second_state, info)
+        new_updates, first_state, second_state, used = jax.lax.cond(stage, run_second, run_first)
+        info = SwitchInfo(stage.astype(jnp.int32), used | watch.refused, watch.refused)
+        return new_updates, SwitchState(rule_state, watch, first_state, second_state, info)
 
     return checked("switch", init, update, needs_loss=False)

@@ -24,6 +24,7 @@ from optcurv.curvature import CurvatureFn, hessian_product
 from optcurv.krylov import Metric, Solver, Stop, cubic_lanczos, steihaug
 from optcurv.quadratic import decrease_ratio
 from optcurv.shapes import Shape, rmsprop_shape
+from optcurv.spikes import Watch, look, start_watch
 
 
 class TrustRegionInfo(NamedTuple):
@@ -67,8 +68,7 @@ class RegularizedNewtonState(NamedTuple):
       count: steps taken, for schedules.
       size: the radius Δ, or the weight σ, of the next step.
       shape: the shape's own state.
-      largest: the largest norm of a gradient that the shape has seen.
-      refused: whether the last gradient was refused.
+      watch: for spikes of the gradient.
       key: of the solver's random vectors, as key data.
       info: of the last step.
     """
@@ -76,8 +76,7 @@ class RegularizedNewtonState(NamedTuple):
     count: jax.typing.ArrayLike
     size: jax.Array
     shape: Any
-    largest: jax.Array
-    refused: jax.Array
+    watch: Watch
     key: jax.Array
     info: TrustRegionInfo | AdaptiveCubicInfo
 
@@ -112,8 +111,8 @@ def trust_region(
     matrix enters with the power ½ that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves
     differences of some 1e-7 only, so a smaller decrease is taken from the slopes at both ends of the step,
     :math:`-\tfrac12 (g^\top s + \nabla L(w + s)^\top s)`, and a predicted decrease within rounding of the loss counts
-    as achieved. A gradient a thousand times as long as any before is refused, unless it comes twice in a row, and where
-    gradients fall below 1e-6 of the longest, as they do after a spike, the shape starts anew.
+    as achieved. A gradient a thousand times as large as any before is refused, unless it comes twice in a row. Where
+    gradients fall below 1e-6 of the largest, as they do after a spike, the shape starts anew.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a step
@@ -302,8 +301,7 @@ def _regularized_newton(
             count=count,
             size=jnp.asarray(initial_size, wide_dtype(params)),
             shape=shape.init(params),
-            largest=jnp.zeros((), wide_dtype(params)),
-            refused=jnp.zeros((), bool),
+            watch=start_watch(params),
             key=jax.random.key_data(jax.random.key(seed)),
             info=info_type(zero, zero, jnp.zeros((), bool), count, count, zero, zero),
         )
@@ -322,13 +320,14 @@ def _regularized_newton(
         loss = scalar_fn(value_fn)
         gradient = at_least_float32(updates)
         value = jnp.asarray(loss(params) if value is None else value, state.size.dtype)
-        shape_state, largest = _follow(shape, state, params, gradient)
-        refused = (largest > 1e3 * state.largest) & (state.largest > 0) & ~state.refused
+        watch = look(state.watch, gradient)
+        shape_state = optax.tree.where(watch.after_spike, shape.init(params), state.shape)
+        shape_state = shape.update(shape_state, gradient)
         metric = Metric(lambda v: shape.apply(shape_state, v), lambda v: shape.inverse(shape_state, v))
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         found = solver(curvature(curvature_fn or value_fn, params), gradient, metric, state.size, key)
         _raise_if_indefinite(found.stop)
-        usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~refused
+        usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~watch.refused
 
         step = optax.tree.cast_like(found.step, updates)
         trial = optax.apply_updates(params, step)
@@ -351,22 +350,13 @@ def _regularized_newton(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
             shape=optax.tree.where(usable, shape_state, state.shape),
-            largest=jnp.where(usable, largest, state.largest),
-            refused=refused,
+            watch=watch,
             key=state.key,
             info=info,
         )
         return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
 
     return checked(method, init, update)
-
-
-def _follow(shape: Shape, state: RegularizedNewtonState, params: PyTree, gradient: PyTree) -> tuple[Any, jax.Array]:
-    """Shows the shape a gradient; returns its state, begun anew after a spike, and the largest norm it has seen."""
-    norm = optax.tree.norm(gradient)
-    after_spike = norm < 1e-6 * state.largest
-    before = optax.tree.where(after_spike, shape.init(params), state.shape)
-    return shape.update(before, gradient), jnp.where(after_spike, norm, jnp.maximum(state.largest, norm))
 
 
 def _decrease(

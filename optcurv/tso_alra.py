@@ -122,11 +122,11 @@ def scale_by_kronecker(
     damping is relative to its mean eigenvalue, :math:`\lambda_A = \sqrt{\lambda}\, \mathrm{tr}(A) / n`, plus
     `absolute_damping`, the published :math:`\epsilon`.
 
-    The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same at
-    every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's own
-    like the factors', or an estimate from the batch's: RMSProp without momentum. A loss without layers is preconditioned
-    so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says how many layers
-    were found.
+    The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same
+    at every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's
+    own as for the factors, or an estimate from the batch's: RMSProp without momentum. A loss without layers is
+    preconditioned so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says
+    how many layers were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at

@@ -110,7 +110,8 @@ CASES = [
         needs_composite=False,
         variant=True,
     ),
-    Case("pal", optcurv.pal, static=("exact_slope",)),
+    Case("pal", optcurv.pal, static=("exact_slope", "measure_slope")),
+    Case("pal-slopes", optcurv.pal, {"measure_slope": True}, variant=True),
     Case(
         "pal-published",
         optcurv.pal,

@@ -10,8 +10,8 @@ import pytest
 import optcurv
 
 FLOORS = [
-    {"arguments", "jaxpr"},
-    {"devices"},
+    {"arguments", "jaxpr", "losses"},
+    {"devices", "spikes"},
     {"curvature", "labels", "quadratic", "switching", "taps"},
     {"accumulation", "krylov", "kronecker", "shapes"},
     {"edf", "pal", "trust_region", "tso_alra", "runge_kutta", "masking", "diagnostics"}

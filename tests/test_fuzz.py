@@ -19,7 +19,7 @@ from tests import problems
 from tests.cases import CASES
 from tests.test_contract import make_step
 
-NUM_DRAWS = 8  # of options and initial parameters, for each program
+NUM_DRAWS = 12  # of options and initial parameters, for each program
 NUM_POISONED, NUM_GOOD = 40, 200
 SPIKE_AT = 5
 BATCH_SIZE, NUM_GOOD_BATCHES = 64, 16
@@ -153,6 +153,7 @@ PROGRAMS = {
     "edf-h-1-momentum": edf(FLOAT32, krylov_dim=1, acceleration="momentum", curvature=HESSIAN),
     "edf-h-2-nesterov": edf(FLOAT16, full_batch=True, krylov_dim=2, acceleration="nesterov", curvature=HESSIAN),
     "pal": program(optcurv.pal, MIXED, momentum=(0.1, 0.6), **STEPS),
+    "pal-slopes": program(optcurv.pal, FLOAT16, {"measure_slope": True}, **STEPS),
     "pal-published": program(optcurv.pal, FLOAT16, {"exact_slope": False}, decay=(0.98, 1), **STEPS),
     "adam-linesearch": Program(optcurv.scale_by_parabolic_linesearch, adam_with_linesearch, BFLOAT16, STEPS),
     "ball": trust_region(FLOAT16, shape=optcurv.uniform_shape()),

@@ -1,10 +1,14 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.datasets import load_digits
 
 import optcurv
+from optcurv.pal import rounded_sum
 from optcurv.quadratic import parabola_curvature
 from tests import problems
 
@@ -22,12 +26,15 @@ def test_parabola_curvature_recovers_a_parabola():
         assert parabola_curvature(value, slope, mu, at_step) == pytest.approx(curvature, abs=1e-10)
 
 
+@pytest.mark.parametrize("measure_slope", [False, True])
 @pytest.mark.parametrize("measuring_step", [1e-3, 0.1, 1.0, 30.0])
-def test_lands_on_the_line_minimum_of_a_quadratic_for_any_measuring_step(measuring_step):
+def test_lands_on_the_line_minimum_of_a_quadratic_for_any_measuring_step(measuring_step, measure_slope):
     """Along a direction that is not the gradient, too: the gradient at the minimum is orthogonal to the step."""
     with jax.enable_x64(True):
         params, loss = problems.quadratic(dtype=jnp.float64)
-        search = optcurv.scale_by_parabolic_linesearch(measuring_step, curvature_factor=1.0, max_step=1e3)
+        search = optcurv.scale_by_parabolic_linesearch(
+            measuring_step, curvature_factor=1.0, max_step=1e3, measure_slope=measure_slope
+        )
         optimizer = optax.chain(optax.adam(1.0), search)
         updates, _ = step(optimizer, loss, params)
         at_minimum = jax.grad(loss)(optax.apply_updates(params, updates))
@@ -100,6 +107,8 @@ def test_three_cases_and_the_clip(loss, sign, case, length):
     updates, state = step(optax.chain(optax.scale(sign), search), loss, w)
     diagnostics = optcurv.diagnostics(state)
     assert diagnostics["pal/case"] == case
+    assert diagnostics["pal/clipped"] == (loss is CASES["clipped"][0])
+    assert diagnostics["pal/noise"] == (loss is CASES["straight"][0])
     np.testing.assert_allclose(diagnostics["pal/step"], length, rtol=1e-3)
     np.testing.assert_allclose(jnp.linalg.norm(updates), length, rtol=1e-3)
     if case == 2:
@@ -109,8 +118,114 @@ def test_three_cases_and_the_clip(loss, sign, case, length):
 def test_clip_applies_to_the_measuring_step_too():
     loss = lambda w: -jnp.sum(w**2)  # noqa: E731
     search = optcurv.scale_by_parabolic_linesearch(0.5, max_step=0.2)
-    updates, _ = step(optax.chain(optax.scale(-1.0), search), loss, jnp.ones(3))
+    updates, state = step(optax.chain(optax.scale(-1.0), search), loss, jnp.ones(3))
     np.testing.assert_allclose(jnp.linalg.norm(updates), 0.2, rtol=1e-6)
+    assert optcurv.diagnostics(state)["pal/clipped"]
+
+
+# What rounding would decide.
+
+
+@pytest.mark.parametrize("measure_slope", [False, True])
+@pytest.mark.parametrize("measuring_step", [0.3, 0.02])
+def test_curvature_is_right_where_bfloat16_parameters_round_the_trial_point(measuring_step, measure_slope):
+    """Taken for w + mu d, the trial point gives a curvature of -2 and of 8000: at 0.02 no number moves at all."""
+    w = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2.0, 1000), jnp.bfloat16)
+    loss = lambda w: 50.0 + 3.0 * jnp.sum((w.astype(jnp.float32) - 1.25) ** 2)  # noqa: E731
+    search = optcurv.scale_by_parabolic_linesearch(measuring_step, curvature_factor=1.0, measure_slope=measure_slope)
+    _, state = step(optax.chain(optax.scale(-1.0), search), loss, w)
+    np.testing.assert_allclose(optcurv.diagnostics(state)["pal/curvature"], 6.0, rtol=0.1)
+
+
+def test_compiled_too_the_trial_point_is_rounded():
+    """XLA computes bfloat16 in float32, and where float32 follows it leaves the rounding between them out."""
+    w, step = jnp.ones(2, jnp.bfloat16), jnp.asarray([1e-3, 1e-2], jnp.bfloat16)
+    moved = jax.jit(lambda w, step: rounded_sum(w, step).astype(jnp.float32) - w)(w, step)
+    np.testing.assert_array_equal(moved, [0, 2**-7])
+
+
+@pytest.mark.parametrize("measure_slope", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+@pytest.mark.parametrize("measuring_step", [1e-3, 1e-12, 1e-45])
+def test_a_measuring_step_that_drowns_in_rounding_is_raised_until_it_measures(measuring_step, scale, measure_slope):
+    """The minimum lies at 3, whatever the measuring step has decayed to."""
+    loss = lambda w: scale * (100.0 + jnp.sum((w - 1.0) ** 2))  # noqa: E731
+    search = optcurv.scale_by_parabolic_linesearch(
+        measuring_step, curvature_factor=1.0, max_step=10.0, measure_slope=measure_slope
+    )
+    optimizer, state = optax.chain(optax.scale(-1.0), search), None
+    for _ in range(10):
+        _, state = step(optimizer, loss, jnp.full(4, 2.5), state)
+    found = optcurv.diagnostics(state)
+    assert (found["pal/noise"], found["pal/case"]) == (False, 1)
+    np.testing.assert_allclose(found["pal/step"], 3.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("exact_slope", [True, False])
+def test_decay_ends_in_no_case_0(exact_slope):
+    """Published, 0 / 0 follows where the measuring step has underflowed."""
+    params, loss = problems.quadratic()
+    optimizer = optcurv.pal(decay=1e-20, exact_slope=exact_slope)
+    state = None
+    for _ in range(4):
+        updates, state = step(optimizer, loss, params, state)
+        assert optcurv.diagnostics(state)["pal/case"] in (1, 2)
+        params = optax.apply_updates(params, updates)
+
+
+def test_noise_is_told_and_not_stepped_on():
+    """A straight line but for rounding, which would take the step for a minimum anywhere up to the longest."""
+    rounding = lambda w: 1.0 + 1e-7 * jnp.sum(w > 0.95)  # noqa: E731
+    loss = lambda w: jnp.sum(w) + jax.lax.stop_gradient(rounding(w)) - 1.0  # noqa: E731
+    search = optcurv.scale_by_parabolic_linesearch(0.125, max_step=10.0)
+    _, state = step(optax.chain(optax.scale(-1.0), search), loss, jnp.ones(4))
+    found = optcurv.diagnostics(state)
+    assert (found["pal/noise"], found["pal/case"], found["pal/step"]) == (True, 2, 0.125)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gradients_whose_squares_are_not_floats(scale):
+    params, loss = problems.quadratic()
+    scaled = lambda w: scale * loss(w)  # noqa: E731
+    updates, expected = (step(optcurv.pal(), one, params)[0] for one in (scaled, loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, expected)
+
+
+def test_trains_as_far_as_float32_goes(digits):
+    """With a loss as precise as it is small. With optax's it ended between 1e-9 and 1e-8, and rising."""
+    images, labels = digits
+
+    def loss(params, x, y):
+        logits = jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+        return jnp.mean(optcurv.softmax_cross_entropy_with_integer_labels(logits, y))
+
+    optimizer = optcurv.pal()
+
+    def train_step(n, carry):
+        params, state = carry
+        chosen = jax.random.randint(jax.random.fold_in(jax.random.key(1), n), (128,), 0, len(images))
+        value_fn = functools.partial(loss, x=images[chosen], y=labels[chosen])
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "w1": jax.random.normal(keys[0], (64, 32)) / 8,
+        "b1": jnp.zeros(32),
+        "w2": jax.random.normal(keys[1], (32, 10)) / 32**0.5,
+        "b2": jnp.zeros(10),
+    }
+    params, _ = jax.jit(lambda *carry: jax.lax.fori_loop(0, 7000, train_step, carry))(params, optimizer.init(params))
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        assert loss(params, jnp.asarray(images, jnp.float64), labels) < 1e-15
+
+
+@pytest.fixture
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return jnp.asarray(images[:1437] / 16, jnp.float32), jnp.asarray(labels[:1437])
 
 
 @pytest.mark.parametrize("left_out", [{"grad": None}, {"value": None}, {"value": None, "grad": None}])
@@ -197,6 +312,7 @@ def test_zero_gradient_gives_zero_step():
         (lambda: optcurv.pal(decay=1.1), ValueError, "decay"),
         (lambda: optcurv.pal(decay_steps=0), ValueError, "decay_steps"),
         (lambda: optcurv.pal(exact_slope=1), TypeError, "exact_slope"),
+        (lambda: optcurv.pal(measure_slope="yes"), TypeError, "measure_slope"),
         (lambda: optcurv.pal(mu=0.1), TypeError, "mu"),
         (lambda: optcurv.scale_by_parabolic_linesearch(float("inf")), ValueError, "measuring_step"),
     ],

@@ -6,6 +6,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -65,6 +66,20 @@ def test_sharded_form_learns():
     for _ in range(10):
         params, state = step(params, state, batch)
     assert problems.network_loss(batch)(params) < 0.5 * start
+
+
+def test_l2_adds_a_multiple_of_the_identity_and_decay_after_a_method_a_share():
+    with_l2 = run(*BLOCKS)["with_l2"]
+    params, loss = problems.quadratic(condition=2.0)
+    vector = jax.tree.map(jnp.cos, params)
+    plain, penalised = (optcurv.gauss_newton_product(one, params)(vector) for one in (loss, with_l2(loss, 3.0)))
+    jax.tree.map(lambda a, b, v: np.testing.assert_allclose(a, b + 3 * v, rtol=1e-5), penalised, plain, vector)
+
+    params = jax.tree.map(jnp.ones_like, params)  # where the loss is least, a line search alone would stay
+    assert with_l2(loss, 2.0)(params) == 6  # as many numbers, each 1
+    decayed = optax.chain(optcurv.pal(), optax.add_decayed_weights(-1e-4))
+    updates, _ = decayed.update(jax.grad(loss)(params), decayed.init(params), params, value_fn=loss)
+    jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -1e-4 * p, rtol=1e-6), updates, params)
 
 
 def test_commands_are_one_line_each():

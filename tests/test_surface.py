@@ -117,6 +117,29 @@ def test_random_directions_have_the_filters_norms():
             np.testing.assert_array_equal(drawn, 0)
 
 
+def test_random_directions_have_the_filters_norms_however_kernels_are_arranged():
+    """Outputs first, as in equinox; heads and their features, as in attention; one kernel for each step of a scan."""
+    shapes = {"first": (7, 3), "heads": (7, 2, 5), "scanned": (4, 10, 10), "bias": (4, 10), "scale": (4, 10)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+    def loss(params):
+        x = jnp.ones((6, 3)) @ params["first"].T
+        x = jnp.einsum("bi,ihk->bhk", x, params["heads"]).reshape(6, 10)
+        layer = lambda x, p: (jnp.tanh(x @ p["scanned"] + p["bias"]) * p["scale"], None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(layer, x, {name: params[name] for name in ("scanned", "bias", "scale")})[0])
+
+    direction = optcurv.random_direction(jax.random.key(1), params, layers=optcurv.layers(loss, params))
+    for name, axis in {"first": 1, "heads": 0, "scanned": 1}.items():
+        norms = [np.linalg.norm(tree[name], axis=axis) for tree in (params, direction)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+        assert not np.allclose(params[name], direction[name])
+    for name in ("bias", "scale"):
+        np.testing.assert_array_equal(direction[name], 0)
+    with pytest.raises(TypeError, match=r"layers.*optcurv.layers"):
+        optcurv.random_direction(jax.random.key(0), params, layers=-1)
+
+
 def test_plane_coordinates_are_those_of_the_nearest_point():
     center, first, second, offside = networks(4)
     points = [mixed((1, 0.5, -2.0), (center, first, second)), mixed((1, 0.1), (center, offside))]

@@ -154,7 +154,7 @@ def steps_of(**options):
     optimizer = optcurv.tso_alra(when=2, preconditioner=optax.identity(), **options)
     w, state, steps = jnp.array(0.0), optimizer.init(jnp.array(0.0)), []
     for _ in range(5):
-        updates, state = optimizer.update(jnp.array(1.0), state, w)
+        updates, state = optimizer.update(jnp.array(1.0), state, w, value_fn=lambda w: w)
         steps.append(-float(updates))
     return steps
 

@@ -109,7 +109,7 @@ CONSTRUCTORS = [
         "cubic-shape-a-number", lambda: optcurv.adaptive_cubic(shape=1.0), TypeError, r"shape must be an optcurv\.Shape"
     ),
     Wrong("steihaug-tol-string", lambda: optcurv.steihaug(tol="0.1"), TypeError, "tol must be a number"),
-    Wrong("lanczos-one-product", lambda: optcurv.lanczos(1), ValueError, "max_iter must be at least 2"),
+    Wrong("lanczos-no-product", lambda: optcurv.lanczos(0), ValueError, "max_iter must be at least 1"),
     Wrong("shape-eps-schedule", lambda: optcurv.rmsprop_shape(eps=lambda n: 0.1), TypeError, "eps must be a number"),
     Wrong("pal-momentum-schedule", lambda: optcurv.pal(momentum=lambda n: 0.4), TypeError, "momentum must be a number"),
     Wrong("pal-step-zero", lambda: optcurv.pal(0.0), ValueError, "measuring_step must be finite, > 0"),

@@ -1,0 +1,73 @@
+"""Gradients far beyond the ordinary: refused once, and forgotten afterwards."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optcurv.arguments import PyTree, at_least_float32, wide_dtype
+
+_SPIKE = 1e3  # times the largest gradient so far
+_FORGOTTEN = 1e-6  # of it
+
+
+class Watch(NamedTuple):
+    """What has been seen of the gradients.
+
+    Attributes:
+      largest: their largest entry, since the last spike. Unlike the norm it does not overflow.
+      refused: whether the last one was refused.
+      after_spike: whether the last one was so small beside the largest that that was a spike. Averages that hold it
+        are worth nothing then.
+    """
+
+    largest: jax.Array
+    refused: jax.Array
+    after_spike: jax.Array
+
+
+def start_watch(params: PyTree) -> Watch:
+    """Returns the watch before the first gradient."""
+    return Watch(jnp.zeros((), wide_dtype(params)), jnp.zeros((), bool), jnp.zeros((), bool))
+
+
+def look(watch: Watch, gradient: PyTree) -> Watch:
+    """Looks at the next gradient.
+
+    One a thousand times as large as any before is refused, unless it comes twice in a row. One that is not finite
+    changes nothing.
+    """
+    size = jnp.asarray(optax.tree.norm(at_least_float32(gradient), ord="inf"), watch.largest.dtype)
+    refused = (size / _SPIKE > watch.largest) & (watch.largest > 0) & ~watch.refused
+    after_spike = size < _FORGOTTEN * watch.largest
+    largest = jnp.where(after_spike, size, jnp.maximum(watch.largest, size))
+    usable = jnp.isfinite(size) & ~refused
+    return Watch(jnp.where(usable, largest, watch.largest), refused, after_spike)
+
+
+def keep_usable(
+    watch: Watch, updates: PyTree, state: PyTree, previous_state: PyTree
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """Takes back what a transformation made of a refused gradient, or what is not finite.
+
+    Args:
+      watch: after the gradient.
+      updates: that the transformation returned.
+      state: likewise.
+      previous_state: before it.
+
+    Returns:
+      The updates, or zeros; the state, or the previous one; and whether the updates are used.
+    """
+
+    def stays_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(jnp.result_type(new), jnp.floating)
+        return jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) if floating else jnp.ones((), bool)
+
+    finite = jax.tree.leaves(
+        jax.tree.map(stays_finite, (updates, state), (optax.tree.zeros_like(updates), previous_state))
+    )
+    used = jnp.all(jnp.stack(finite)) & ~watch.refused
+    updates = optax.tree.where(used, updates, optax.tree.zeros_like(updates))
+    return updates, optax.tree.where(used, state, previous_state), used
