@@ -66,7 +66,7 @@ LOOPED = {
     wide_trust_region(
         f"TR Lanczos H j={_ITERATIONS}",
         optcurv.hessian_product,
-        optcurv.lanczos(_ITERATIONS),
+        optcurv.lanczos(_ITERATIONS, tol=0.0),
         4 / 3 + 2 * _ITERATIONS,
     ): optcurv.hessian_product,
 }

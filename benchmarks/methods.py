@@ -35,10 +35,13 @@ def _pal(measuring_step: float | jax.Array) -> optax.GradientTransformation:
     return optcurv.pal(measuring_step, max_step=10 * measuring_step)
 
 
-def _full_batch_edf(krylov_dim: int) -> Method:
-    """EDF-G as published for full batches: undamped, accelerated by W2."""
-    optimizer = functools.partial(optcurv.edf, krylov_dim=krylov_dim, damping_scale=0.0, acceleration="nesterov")
-    return Method(f"EDF-G k={krylov_dim}, W2", optimizer, "learning rate", _FULL_BATCH_GRID, 1 + 4 * krylov_dim / 3)
+def _full_batch_edf(krylov_dim: int, damping_scale: float = 1.0) -> Method:
+    """EDF-G as recommended for full batches, damped and accelerated by W2; as published it is undamped."""
+    optimizer = functools.partial(
+        optcurv.edf, krylov_dim=krylov_dim, damping_scale=damping_scale, acceleration="nesterov"
+    )
+    name = f"EDF-G k={krylov_dim}, W2" + (", undamped" if damping_scale == 0 else "")
+    return Method(name, optimizer, "learning rate", _FULL_BATCH_GRID, 1 + 4 * krylov_dim / 3)
 
 
 def _edf(krylov_dim: int, curvature: CurvatureFn) -> Callable[..., optax.GradientTransformation]:
@@ -75,5 +78,9 @@ METHODS = (
 )
 """For mini-batches."""
 
-FULL_BATCH_METHODS = (*_FIRST_ORDER, *(_full_batch_edf(krylov_dim) for krylov_dim in (1, 3, 8)))
+FULL_BATCH_METHODS = (
+    *_FIRST_ORDER,
+    *(_full_batch_edf(krylov_dim) for krylov_dim in (1, 3, 8)),
+    _full_batch_edf(8, damping_scale=0.0),
+)
 """For batches that are the whole training set."""
