@@ -44,6 +44,7 @@ from optcurv.taps import Layers, count_examples, pull_back_taps, tap
 from optcurv.taps import layers as find_layers
 
 _OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in at once
+_PROBATION = 10  # batches in which averages are given up again if they prove to be those of a spike
 
 
 class KroneckerInfo(NamedTuple):
@@ -75,7 +76,7 @@ class ScaleByKroneckerState(NamedTuple):
       count: steps taken.
       key: of the sampled labels, as key data.
       weight: what the averages' weights sum to; less than one at first.
-      suspect: whether averages began anew far above what they were, and no batch far below them has come since.
+      num_averaged: batches averaged in since the averages began, or began anew; no more than ten are counted.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -85,7 +86,7 @@ class ScaleByKroneckerState(NamedTuple):
     count: jax.typing.ArrayLike
     key: jax.Array
     weight: jax.Array
-    suspect: jax.Array
+    num_averaged: jax.Array
     factors: dict[str, Factors]
     squares: dict[str, jax.Array]
     powers: Powers
@@ -136,8 +137,8 @@ def scale_by_kronecker(
     The update takes the extra arguments `value_fn` (required) and `curvature_fn` (the loss on a smaller batch, for the
     factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in, nor are
     those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but slowly.
-    Where they come twice in a row, those averages begin anew from the second batch; and if that was a spike too, again
-    from the next batch that falls as far below them.
+    Where they come twice in a row the averages begin anew. The same holds for statistics as far below the averages
+    among the first ten batches, also after such a beginning, as it may have been a spike.
 
     Args:
       power: p < 0.
@@ -234,7 +235,7 @@ def scale_by_kronecker(
             count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
-            suspect=false(),
+            num_averaged=count(),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
@@ -269,22 +270,23 @@ def scale_by_kronecker(
     ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
         """Averages a batch into factors and squares.
 
-        Returns them with their weight, whether they are suspect, and whether the batch was refused.
+        Returns them with their weight, how many batches they hold, and whether this one was refused.
         """
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         factors, own = measure(value_fn, key, params) if before[0] else ({}, {})
         now = factors, {path: own.get(path, num_examples * gradients[path] ** 2) for path in before[1]}
         like_this = optax.tree.scale(state.weight, now)  # the averages, had all batches been like this one
-        jumps, falls = jax.tree.map(_far_above, like_this, before), jax.tree.map(_far_above, before, like_this)
-        anew = jax.tree.map(lambda jump, fall: jump | (fall & state.suspect), jumps, falls)
-        start = jax.tree.map(jnp.where, anew, like_this, before)
+        early = state.num_averaged < _PROBATION
+        odd = jax.tree.map(lambda a, b: _far_above(a, b) | (_far_above(b, a) & early), like_this, before)
+        any_odd = functools.reduce(jnp.logical_or, jax.tree.leaves(odd), jnp.zeros((), bool))
+        start = jax.tree.map(jnp.where, odd, like_this, before)
         mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start, now)
-        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~(_any(jumps) & ~state.info.refused)
+        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~(any_odd & ~state.info.refused)
         factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
         weight = jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
-        suspect = jnp.where(usable, _any(jumps) | (state.suspect & ~_any(falls)), state.suspect)
-        return factors, squares, weight, suspect, ~usable
+        more = jnp.where(any_odd, 1, jnp.minimum(state.num_averaged + 1, _PROBATION))
+        return factors, squares, weight, jnp.where(usable, more, state.num_averaged), ~usable
 
     def precondition(
         found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
@@ -323,10 +325,10 @@ def scale_by_kronecker(
         num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
         average_in = lambda operands: average(curvature_fn, num_examples, state, before, *operands)  # noqa: E731
-        factors, squares, weight, suspect, refused = jax.lax.cond(
+        factors, squares, weight, num_averaged, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (*before, state.weight, state.suspect, state.info.refused),
+            lambda _: (*before, state.weight, state.num_averaged, state.info.refused),
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
@@ -348,8 +350,9 @@ def scale_by_kronecker(
         unbiased = {path: square / weight_or_one for path, square in squares.items()}
         damped_squares = {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
         results = precondition(found, powers, damped_squares, gradients)
-        result = jax.tree.unflatten(treedef, list(results.values()))
-        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
+        result = optax.tree.cast_like(jax.tree.unflatten(treedef, list(results.values())), updates)
+        result_norm = optax.tree.norm(at_least_float32(result))
+        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(result_norm)
         result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
         spectra = [functools.reduce(jnp.multiply, powers.extremes[path]) for path in factors]
         spectra += damped_squares.values()
@@ -358,7 +361,9 @@ def scale_by_kronecker(
             largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra), 0.0)),
             smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra), jnp.inf)),
             age=jnp.max(powers.ages),
-            norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
+            norm_ratio=jnp.float32(
+                jnp.where(finite, result_norm, 0.0) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)
+            ),
             finite=finite,
             refused=refused,
         )
@@ -366,13 +371,13 @@ def scale_by_kronecker(
             count=optax.safe_increment(state.count),
             key=state.key,
             weight=weight,
-            suspect=suspect,
+            num_averaged=num_averaged,
             factors=state.factors | factors,
             squares=state.squares | squares,
             powers=powers,
             info=info,
         )
-        return optax.tree.cast_like(result, updates), new_state
+        return result, new_state
 
     return checked("scale_by_kronecker", init, update)
 
@@ -393,10 +398,6 @@ def _sizes(layers: Layers) -> dict[str, tuple[int, int, int]]:
 def _far_above(one: jax.Array, other: jax.Array) -> jax.Array:
     """Whether a statistic is far above another that is not zero; its largest entry is a matrix's largest variance."""
     return (jnp.max(other) > 0) & (jnp.max(one) > _OUTLIER * jnp.max(other))
-
-
-def _any(tree: PyTree) -> jax.Array:
-    return functools.reduce(jnp.logical_or, jax.tree.leaves(tree), jnp.zeros((), bool))
 
 
 def _guessed_sizes(leaves: dict[str, Any]) -> dict[str, tuple[int, int, int]]:

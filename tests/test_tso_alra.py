@@ -419,11 +419,23 @@ def test_statistics_far_from_the_averages_count_only_where_a_second_batch_confir
         return float(jnp.sqrt(jnp.trace(block_after(*factors)[0]) / jnp.trace(block_after(1)[0])))
 
     spike = 1e5
-    np.testing.assert_allclose(scale_after(1, 1, spike), 1, rtol=1e-5)
-    np.testing.assert_allclose(scale_after(1, 1, spike, 1, spike), 1, rtol=1e-5)
-    np.testing.assert_allclose(scale_after(1, 1, spike, spike), spike, rtol=1e-5)
-    np.testing.assert_allclose(scale_after(1, 1, spike, spike, 1), 1, rtol=1e-5)
-    assert scale_after(1, 1, 1 / spike) > 0.5  # a batch that fits well is no spike
+    for factors, expected in [
+        ((1, 1, spike), 1),
+        ((1, 1, spike, 1, spike), 1),
+        ((1, 1, spike, spike), spike),
+        ((1, 1, spike, spike, spike, 1), spike),
+        ((1, 1, spike, spike, spike, 1, 1), 1),
+        ((spike, 1, 1), 1),
+    ]:
+        np.testing.assert_allclose(scale_after(*factors), expected, rtol=1e-5)
+    assert scale_after(*10 * [1], 1 / spike, 1 / spike) > 0.5  # later on, batches that fit well tell of no spike
+
+
+def test_updates_beyond_the_range_of_their_dtype_become_zero():
+    params = jnp.ones(2, jnp.float16)
+    updates, state = first_update(params, lambda p: 1e-3 * jnp.sum(p), power=-1.5)  # one over the squared gradient
+    np.testing.assert_array_equal(updates, jnp.zeros(2))
+    assert not state.info.finite
 
 
 def test_factors_are_averaged_at_early_steps_and_every_so_many():
