@@ -132,7 +132,7 @@ def scale_by_edf(
 
         matvec = curvature(curvature_fn or value_fn, params)
         direction, krylov_info = minres(matvec, gradient, krylov_dim, shift=damping)
-        slope = optax.tree.vdot(gradient, direction)
+        slope = jnp.asarray(optax.tree.vdot(gradient, direction))
         breakdown = (slope < 0) & ~krylov_info.negative_curvature
         direction = optax.tree.where(breakdown, optax.tree.scale(krylov_info.first_step, gradient), direction)
 
