@@ -226,15 +226,15 @@ def with_clock(state: State, clock: Clock) -> State:
 def average_cost(setup: Setup, candidate: Candidate) -> Cost:
     """Returns what one device does in an average step, a loop that may stop early going on to its limit.
 
-    Of each kind of step a program is compiled that knows what is due, so that XLA drops conditions or their cheaper
-    branch is what is left to do. XLA's own count would take the dearer branch, and a loop's body once.
+    Of each kind of step a program is compiled that knows what is due, so that XLA drops conditions, or their cheaper
+    branch is what is left to do: a trust region measures slopes only where values do not tell. XLA's own count would
+    take the dearer branch, and a loop's body once.
     """
     costs = []
     for kind in candidate.kinds:
         hlo = compile_step(setup, candidate, kind.clock).as_text()
         assert hlo is not None  # XLA for CPUs has a text
-        branch = min if kind.clock else max
-        costs.append(read_cost(hlo, candidate.iterations, branch).times(kind.share))
+        costs.append(read_cost(hlo, candidate.iterations, branch=min).times(kind.share))
     return total(costs)
 
 

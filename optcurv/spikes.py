@@ -38,7 +38,8 @@ def look(watch: Watch, gradient: PyTree) -> Watch:
     One a thousand times as large as any before is refused, unless it comes twice in a row. One that is not finite
     changes nothing.
     """
-    size = jnp.asarray(optax.tree.norm(at_least_float32(gradient), ord="inf"), watch.largest.dtype)
+    real = [leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    size = jnp.asarray(optax.tree.norm(at_least_float32(real), ord="inf"), watch.largest.dtype)
     refused = (size / _SPIKE > watch.largest) & (watch.largest > 0) & ~watch.refused
     after_spike = size < _FORGOTTEN * watch.largest
     largest = jnp.where(after_spike, size, jnp.maximum(watch.largest, size))
@@ -65,9 +66,8 @@ def keep_usable(
         floating = jnp.issubdtype(jnp.result_type(new), jnp.floating)
         return jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) if floating else jnp.ones((), bool)
 
-    finite = jax.tree.leaves(
-        jax.tree.map(stays_finite, (updates, state), (optax.tree.zeros_like(updates), previous_state))
-    )
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+    finite += jax.tree.leaves(jax.tree.map(stays_finite, state, previous_state))
     used = jnp.all(jnp.stack(finite)) & ~watch.refused
     updates = optax.tree.where(used, updates, optax.tree.zeros_like(updates))
     return updates, optax.tree.where(used, state, previous_state), used

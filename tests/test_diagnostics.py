@@ -6,8 +6,9 @@ import pytest
 import optcurv
 from tests import problems
 
-EDF_KEYS = {f"edf/{field}" for field in ("damping", "residual_norm", "num_steps", "cosine", "finite")}
-PAL_KEYS = {f"pal/{field}" for field in ("slope", "curvature", "step", "case")}
+EDF_FIELDS = ("damping", "residual_norm", "num_steps", "cosine", "negative_curvature", "breakdown", "finite")
+EDF_KEYS = {f"edf/{field}" for field in EDF_FIELDS}
+PAL_KEYS = {f"pal/{field}" for field in ("slope", "curvature", "step", "case", "clipped", "noise")}
 
 
 def everything(params):
