@@ -17,34 +17,38 @@ class Watch(NamedTuple):
 
     Attributes:
       largest: their largest entry, since the last spike. Unlike the norm it does not overflow.
-      refused: whether the last one was refused.
+      spike: that of the last one if it was refused, else 0.
+      refused: whether it was.
       after_spike: whether the last one was so small beside the largest that that was a spike. Averages that hold it
         are worth nothing then.
     """
 
     largest: jax.Array
+    spike: jax.Array
     refused: jax.Array
     after_spike: jax.Array
 
 
 def start_watch(params: PyTree) -> Watch:
     """Returns the watch before the first gradient."""
-    return Watch(jnp.zeros((), wide_dtype(params)), jnp.zeros((), bool), jnp.zeros((), bool))
+    dtype = wide_dtype(params)
+    return Watch(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), bool), jnp.zeros((), bool))
 
 
 def look(watch: Watch, gradient: PyTree) -> Watch:
     """Looks at the next gradient.
 
-    One a thousand times as large as any before is refused, unless it comes twice in a row. One that is not finite
-    changes nothing.
+    One a thousand times as large as any before is refused, unless another as large was just refused. One that is not
+    finite changes nothing, nor does a gradient of zero, of a batch without weight, tell of a spike.
     """
     real = [leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     size = jnp.asarray(optax.tree.norm(at_least_float32(real), ord="inf"), watch.largest.dtype)
-    refused = (size / _SPIKE > watch.largest) & (watch.largest > 0) & ~watch.refused
-    after_spike = size < _FORGOTTEN * watch.largest
+    refused = (size / _SPIKE > jnp.maximum(watch.largest, watch.spike)) & (watch.largest > 0)
+    after_spike = (size > 0) & (size < _FORGOTTEN * watch.largest)
     largest = jnp.where(after_spike, size, jnp.maximum(watch.largest, size))
     usable = jnp.isfinite(size) & ~refused
-    return Watch(jnp.where(usable, largest, watch.largest), refused, after_spike)
+    spike = jnp.where(refused & jnp.isfinite(size), size, 0.0).astype(size.dtype)
+    return Watch(jnp.where(usable, largest, watch.largest), spike, refused, after_spike)
 
 
 def keep_usable(

@@ -73,6 +73,24 @@ def test_the_watch_refuses_once_and_forgets():
     ]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "refused"),
+    [
+        ((1.0, 1e6, 1e10, 1e10), (0, 1, 1, 0)),  # a larger one does not confirm a spike
+        ((1.0, 0.0, 1e6), (0, 0, 1)),  # a batch without weight is not forgotten by
+        ((1.0, 1e-30, 1.0, 1e30), (0, 0, 1, 1)),  # nor does the return to the old scale let a spike through
+        ((1.0, 1e6, np.nan, 1e6), (0, 1, 0, 1)),
+    ],
+)
+def test_the_watch_lets_no_spike_through_unconfirmed(sizes, refused):
+    watch, seen = start_watch(jnp.ones(1)), []
+    for size in sizes:
+        watch = look(watch, jnp.array([size]))
+        seen.append(int(watch.refused))
+        assert not (size == 0 and watch.after_spike)
+    assert tuple(seen) == refused
+
+
 def test_adam_in_float16_keeps_its_averages_wider():
     """The square of a gradient of 300 overflows in float16."""
     start, loss = problems.quadratic(condition=1.0, dtype=jnp.float16)
