@@ -1,9 +1,13 @@
-"""The methods, one row each. The laws of `test_contract.py` hold for every row; exceptions are columns."""
+"""The methods, one row each. The laws of `test_contract.py` hold for every row; exceptions are columns.
+
+Those of `laws/` hold for the rows of `PARTS` too: public constructors that the methods are made of, or short for one.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 import pytest
 
@@ -26,6 +30,9 @@ class Case:
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
         along gradients elsewhere.
       optax_first: whether a transformation of optax's sees a call before ours does, and answers wrong ones.
+      rosenbrock: other arguments for Rosenbrock's function, whose curvature is up to a thousand.
+      state_by_path: whether its state holds dictionaries by path, which `optax.tree.map_params` cannot follow.
+      public: the public constructors that it stands for; default: the factory.
     """
 
     name: str
@@ -35,11 +42,14 @@ class Case:
     needs_composite: bool = False
     curvature: bool = False
     moves_without_gradient: bool = False
+    rosenbrock: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    state_by_path: bool = False
+    public: tuple[Callable, ...] = ()
     variant: bool = False
     optax_first: bool = False
 
-    def make(self) -> optax.GradientTransformationExtraArgs:
-        return self.factory(**self.options)
+    def make(self, **others: Any) -> optax.GradientTransformationExtraArgs:
+        return self.factory(**self.options | others)
 
 
 def edf_case(name: str, max_iter: int, *, needs_composite: bool = True, variant: bool = False, **options: Any) -> Case:
@@ -74,6 +84,8 @@ def tso_alra_case(name: str, structure: optcurv.Structure, *, variant: bool = Tr
         options={"learning_rate": 0.2, "when": 1000, "preconditioner": preconditioner},
         static=("when", "preconditioner"),
         curvature=structure is not optcurv.DIAGONAL,
+        rosenbrock={"learning_rate": 1e-3, "max_update_norm": None},
+        state_by_path=True,
         variant=variant,
     )
 
@@ -98,8 +110,19 @@ CASES = [
     ),
     Case("pal", optcurv.pal, static=("exact_slope", "measure_slope")),
     Case("pal-slopes", optcurv.pal, {"measure_slope": True}, variant=True),
-    Case("pal-published", optcurv.pal, {"exact_slope": False, "decay": 0.9, "decay_steps": 10}, variant=True),
-    Case("adam-parabolic-linesearch", adam_with_linesearch, optax_first=True),
+    Case(
+        "pal-published",
+        optcurv.pal,
+        {"exact_slope": False, "decay": 0.9, "decay_steps": 10},
+        rosenbrock={"decay": 1.0},
+        variant=True,
+    ),
+    Case(
+        "adam-parabolic-linesearch",
+        adam_with_linesearch,
+        public=(optcurv.scale_by_parabolic_linesearch,),
+        optax_first=True,
+    ),
     trust_region_case("trust-region", variant=False),
     trust_region_case(
         "trust-region-full-matrix-gauss-newton",
@@ -122,6 +145,7 @@ CASES = [
         {"inner": optax.adam(0.1), "step_size": 0.01},
         static=("inner", "tableau"),
         moves_without_gradient=True,
+        rosenbrock={"step_size": 1e-3},
     ),
     tso_alra_case("tso-alra", optcurv.KRONECKER, variant=False),
     tso_alra_case("tso-alra-block", optcurv.BLOCK),
@@ -129,16 +153,57 @@ CASES = [
 ]
 
 
-def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
+def edf_by_parts(learning_rate: float = 0.5) -> optax.GradientTransformationExtraArgs:
+    scale = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(optcurv.scale_by_edf(), scale, optcurv.scale_by_nesterov_flow())
+
+
+def natural_gradient(learning_rate: float = 0.1, bound: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    scale = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(optcurv.scale_by_kronecker(-1.0), optax.clip_by_global_norm(bound), scale)
+
+
+def adam_then_sgd(learning_rate: float = 0.1, second_learning_rate: float = 0.1) -> optax.GradientTransformation:
+    return optcurv.switch(optax.adam(learning_rate), optax.sgd(second_learning_rate), when=100)
+
+
+def masked_edf(learning_rate: float = 0.5) -> optax.GradientTransformationExtraArgs:
+    return optcurv.masked(optcurv.edf(learning_rate), lambda params: jax.tree.map(lambda _: True, params))
+
+
+PARTS = [
+    Case(
+        "edf-by-parts",
+        edf_by_parts,
+        public=(optcurv.scale_by_edf, optcurv.scale_by_nesterov_flow),
+        needs_composite=True,
+        curvature=True,
+    ),
+    Case("sgd-rk2", optcurv.sgd_rk2, {"learning_rate": 0.1}, static=("tableau",), rosenbrock={"learning_rate": 2e-3}),
+    Case(
+        "adam-rk2-alias",
+        optcurv.adam_rk2,
+        {"learning_rate": 0.1},
+        static=("tableau",),
+        rosenbrock={"learning_rate": 2e-3},
+    ),
+    Case("natural-gradient", natural_gradient, public=(optcurv.scale_by_kronecker,), state_by_path=True),
+    Case("adam-then-sgd", adam_then_sgd, public=(optcurv.switch,), rosenbrock={"second_learning_rate": 1e-3}),
+    Case("masked-edf", masked_edf, public=(optcurv.masked,), needs_composite=True, curvature=True),
+]
+
+
+def cases_where(holds: Callable[[Case], bool], cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:
     """All tests of a case run in one process, where they share what is compiled."""
 
     def marks(case: Case) -> list[pytest.MarkDecorator]:
         return [pytest.mark.xdist_group(case.name), *([pytest.mark.variant] if case.variant else [])]
 
-    params = [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES if holds(case)]
+    params = [pytest.param(case, id=case.name, marks=marks(case)) for case in cases if holds(case)]
     return pytest.mark.parametrize("case", params)
 
 
 every_case = cases_where(lambda case: True)
 every_method = cases_where(lambda case: not case.variant)
 """For tests that do not hang on a method's options."""
+every_part = cases_where(lambda case: True, [*CASES, *PARTS])

@@ -37,11 +37,12 @@ from optcurv.kronecker.factors import (
 from optcurv.kronecker.layers import Layers
 from optcurv.kronecker.layers import layers as find_layers
 from optcurv.kronecker.samplers import OutputGradientSampler
-from optcurv.kronecker.sizes import factor_shapes_of, guessed_sizes, sizes_of
+from optcurv.kronecker.sizes import check_layers, factor_shapes_of, guessed_sizes, sizes_of
 from optcurv.kronecker.statistics import count_examples, pull_back_taps, tap
 from optcurv.sharding import check_splits_rows, mean_over_devices, own_key
 
-_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in
+_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in at once
+_PROBATION = 10  # batches in which averages are given up again if they prove to be those of a spike
 
 
 class KroneckerInfo(NamedTuple):
@@ -73,6 +74,7 @@ class ScaleByKroneckerState(NamedTuple):
       count: steps taken.
       key: of the sampled labels, as key data.
       weight: what the averages' weights sum to; less than one at first.
+      num_averaged: batches averaged in since the averages began, or began anew; no more than ten are counted.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -82,6 +84,7 @@ class ScaleByKroneckerState(NamedTuple):
     count: jax.typing.ArrayLike
     key: jax.Array
     weight: jax.Array
+    num_averaged: jax.Array
     factors: dict[str, Factors]
     squares: dict[str, jax.Array]
     powers: Powers
@@ -131,8 +134,9 @@ def scale_by_kronecker(
 
     The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch,
     for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
-    nor are those 10⁴ times the averages (gradients a hundred times as long), unless they come twice in a row: a single
-    spike of the loss would fade but slowly.
+    nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but
+    slowly. Where they come twice in a row the averages begin anew. The same holds for statistics as far below the
+    averages among the first ten batches, also after such a beginning, as it may have been a spike.
 
     Args:
       power: p < 0.
@@ -229,6 +233,7 @@ def scale_by_kronecker(
             count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
+            num_averaged=count(),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),
@@ -260,17 +265,26 @@ def scale_by_kronecker(
         before: tuple[dict[str, Factors], dict[str, jax.Array]],
         params: PyTree,
         gradients: dict[str, jax.Array],
-    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array]:
-        """Averages a batch into factors and squares; returns them with their weight, and whether it was refused."""
+    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
+        """Averages a batch into factors and squares.
+
+        Returns them with their weight, how many batches they hold, and whether this one was refused.
+        """
         decay = scheduled(factor_decay, state.count, state.weight.dtype)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
         factors, own = measure(value_fn, key, params) if before[0] else ({}, {})
         now = factors, {path: own.get(path, num_examples * gradients[path] ** 2) for path in before[1]}
-        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before, now)
-        outlier = _is_outlier(now, before, state.weight) & ~state.info.refused
-        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~outlier
+        like_this = optax.tree.scale(state.weight, now)  # the averages, had all batches been like this one
+        early = state.num_averaged < _PROBATION
+        odd = jax.tree.map(lambda a, b: _far_above(a, b) | (_far_above(b, a) & early), like_this, before)
+        any_odd = functools.reduce(jnp.logical_or, jax.tree.leaves(odd), jnp.zeros((), bool))
+        start = jax.tree.map(jnp.where, odd, like_this, before)
+        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start, now)
+        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~(any_odd & ~state.info.refused)
         factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
-        return factors, squares, jnp.where(usable, decay * state.weight + 1 - decay, state.weight), ~usable
+        weight = jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
+        more = jnp.where(any_odd, 1, jnp.minimum(state.num_averaged + 1, _PROBATION))
+        return factors, squares, weight, jnp.where(usable, more, state.num_averaged), ~usable
 
     def precondition(
         found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
@@ -304,15 +318,15 @@ def scale_by_kronecker(
         in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
         alone = [path for path in in_no_layer if jnp.size(gradients[path])]
         shapes = {} if structure is DIAGONAL else factor_shapes(sizes_of(found))
-        _check_layers(found, shapes, alone, state)
+        check_layers(found, shapes, alone, state.factors, state.squares)
 
         num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
         before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
         average_in = lambda operands: average(curvature_value_fn, num_examples, state, before, *operands)  # noqa: E731
-        factors, squares, weight, refused = jax.lax.cond(
+        factors, squares, weight, num_averaged, refused = jax.lax.cond(
             is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
             with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (*before, state.weight, state.info.refused),
+            lambda _: (*before, state.weight, state.num_averaged, state.info.refused),
             (params, gradients),
         )
         begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
@@ -334,8 +348,9 @@ def scale_by_kronecker(
         unbiased = {path: square / weight_or_one for path, square in squares.items()}
         damped_squares = {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
         results = precondition(found, powers, damped_squares, gradients)
-        result = jax.tree.unflatten(treedef, list(results.values()))
-        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(result))
+        result = optax.tree.cast_like(jax.tree.unflatten(treedef, list(results.values())), updates)
+        result_norm = optax.tree.norm(at_least_float32(result))
+        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(result_norm)
         result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
         spectra = [functools.reduce(jnp.multiply, powers.extremes[path]) for path in factors]
         spectra += damped_squares.values()
@@ -344,7 +359,9 @@ def scale_by_kronecker(
             largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra), 0.0)),
             smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra), jnp.inf)),
             age=jnp.max(powers.ages),
-            norm_ratio=jnp.float32(optax.tree.norm(result) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)),
+            norm_ratio=jnp.float32(
+                jnp.where(finite, result_norm, 0.0) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)
+            ),
             finite=finite,
             refused=refused,
         )
@@ -352,12 +369,13 @@ def scale_by_kronecker(
             count=optax.safe_increment(state.count),
             key=state.key,
             weight=weight,
+            num_averaged=num_averaged,
             factors=state.factors | factors,
             squares=state.squares | squares,
             powers=powers,
             info=info,
         )
-        return optax.tree.cast_like(result, updates), new_state
+        return result, new_state
 
     return checked("scale_by_kronecker", init, update)
 
@@ -371,27 +389,6 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _is_outlier(now: PyTree, before: PyTree, weight: jax.Array) -> jax.Array:
-    """Whether a statistic of a batch is far beyond its average; its largest entry is a matrix's largest variance."""
-
-    def beyond(now: jax.Array, before: jax.Array) -> jax.Array:
-        return (jnp.max(before) > 0) & (weight * jnp.max(now) > _OUTLIER * jnp.max(before))
-
-    outliers = map(beyond, jax.tree.leaves(now), jax.tree.leaves(before))
-    return functools.reduce(jnp.logical_or, outliers, jnp.zeros((), bool))
-
-
-def _check_layers(
-    found: Layers, shapes: dict[str, list[tuple[int, ...]]], alone: list[str], state: ScaleByKroneckerState
-) -> None:
-    """Raises if the state, made from the parameters' shapes or from given layers, does not fit the loss."""
-    made = {path: [factor.shape for factor in several] for path, several in state.factors.items()}
-    fits = all(made.get(path) == several for path, several in shapes.items()) and state.squares.keys() >= set(alone)
-    if not fits and not found.found:
-        raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{found}")
-    if not fits:
-        raise ValueError(
-            "The layers of the loss are not those the state was made for, which without layers= are told by the "
-            "parameters' shapes alone: make the optimiser with layers=optcurv.layers(value_fn, params), which are\n"
-            f"{found}"
-        )
+def _far_above(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Whether a statistic is far above another that is not zero; its largest entry is a matrix's largest variance."""
+    return (jnp.max(other) > 0) & (jnp.max(one) > _OUTLIER * jnp.max(other))

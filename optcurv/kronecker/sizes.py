@@ -1,11 +1,12 @@
 """The sizes of layers and of their factors."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from optcurv.kronecker.factors import BLOCK, Structure
+from optcurv.kronecker.factors import BLOCK, Factors, Structure
 from optcurv.kronecker.layers import Layers
 
 
@@ -31,3 +32,23 @@ def factor_shapes_of(
             "use optcurv.KRONECKER, or raise the limit."
         )
     return [(stack, size, size) if size <= max_size else (stack, size) for size in sizes]
+
+
+def check_layers(
+    found: Layers,
+    shapes: dict[str, list[tuple[int, ...]]],
+    alone: list[str],
+    made_factors: Mapping[str, Factors],
+    made_squares: Iterable[str],
+) -> None:
+    """Raises if the state, made from the parameters' shapes or from given layers, does not fit the loss."""
+    made = {path: [factor.shape for factor in several] for path, several in made_factors.items()}
+    fits = all(made.get(path) == several for path, several in shapes.items()) and set(made_squares) >= set(alone)
+    if not fits and not found.found:
+        raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{found}")
+    if not fits:
+        raise ValueError(
+            "The layers of the loss are not those the state was made for, which without layers= are told by the "
+            "parameters' shapes alone: make the optimiser with layers=optcurv.layers(value_fn, params), which are\n"
+            f"{found}"
+        )

@@ -398,6 +398,46 @@ def test_statistics_that_are_not_finite_are_not_averaged_in():
     assert optax.tree.norm(updates) > 0
 
 
+def test_statistics_far_from_the_averages_count_only_where_a_second_batch_confirms_them():
+    params, loss_of, _ = two_layers()
+    optimizer = optcurv.scale_by_kronecker(factor_every=1, structure=optcurv.BLOCK)
+
+    @jax.jit
+    def update(state, factor):
+        loss = lambda p: factor * loss_of(1)(p)  # noqa: E731
+        return optimizer.update(jax.grad(loss)(params), state, params, value_fn=loss)[1]
+
+    def block_after(*factors):
+        """The average block of a layer after batches whose losses have these factors."""
+        state = optimizer.init(params)
+        for factor in factors:
+            state = update(state, factor)
+        (block,) = state.factors["['a']['kernel']"]
+        return block / state.weight
+
+    def scale_after(*factors):
+        return float(jnp.sqrt(jnp.trace(block_after(*factors)[0]) / jnp.trace(block_after(1)[0])))
+
+    spike = 1e5
+    for factors, expected in [
+        ((1, 1, spike), 1),
+        ((1, 1, spike, 1, spike), 1),
+        ((1, 1, spike, spike), spike),
+        ((1, 1, spike, spike, spike, 1), spike),
+        ((1, 1, spike, spike, spike, 1, 1), 1),
+        ((spike, 1, 1), 1),
+    ]:
+        np.testing.assert_allclose(scale_after(*factors), expected, rtol=1e-5)
+    assert scale_after(*10 * [1], 1 / spike, 1 / spike) > 0.5  # later on, batches that fit well tell of no spike
+
+
+def test_updates_beyond_the_range_of_their_dtype_become_zero():
+    params = jnp.ones(2, jnp.float16)
+    updates, state = first_update(params, lambda p: 1e-3 * jnp.sum(p), power=-1.5)  # one over the squared gradient
+    np.testing.assert_array_equal(updates, jnp.zeros(2))
+    assert not state.info.finite
+
+
 def test_factors_are_averaged_at_early_steps_and_every_so_many():
     params, loss_of, _ = two_layers()
     loss, optimizer = loss_of(1), optcurv.scale_by_kronecker(factor_every=10, root_every=6)
