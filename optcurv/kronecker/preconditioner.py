@@ -74,7 +74,7 @@ class ScaleByKroneckerState(NamedTuple):
       count: steps taken.
       key: of the sampled labels, as key data.
       weight: what the averages' weights sum to; less than one at first.
-      num_averaged: batches averaged in since the averages began, or began anew; no more than ten are counted.
+      num_averaged: batches averaged in since the averages began anew; no more than ten are counted, and ten at first.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -136,7 +136,8 @@ def scale_by_kronecker(
     for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
     nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but
     slowly. Where they come twice in a row the averages begin anew. The same holds for statistics as far below the
-    averages among the first ten batches, also after such a beginning, as it may have been a spike.
+    averages in the ten batches after such a beginning, which may have been a spike. The very first batch is never given
+    up so: parameters that converge early look just as if it had been a spike.
 
     Args:
       power: p < 0.
@@ -233,7 +234,7 @@ def scale_by_kronecker(
             count=count(),
             key=jax.random.key_data(jax.random.key(seed)),
             weight=jnp.zeros((), dtype),
-            num_averaged=count(),
+            num_averaged=jnp.full((), _PROBATION, jnp.int32),
             factors=factors,
             squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
             powers=init_powers(factors, rank if structure is KRONECKER else None),

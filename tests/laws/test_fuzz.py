@@ -209,6 +209,7 @@ PROGRAMS = {
         kronecker(-1.0, optcurv.KRONECKER),
         MIXED,
         {"damping": (1e-3, 1e-1), "learning_rate": (0.03, 0.3)},
+        spikes_in_a_row=False,
     ),
 }
 
