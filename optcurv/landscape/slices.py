@@ -207,8 +207,8 @@ def plane(
     Args:
       value_fn: as for `optcurv.line`.
       center: θ, parameters, any pytree.
-      directions: d₁ and d₂, of the structure and shapes of `center`, such as two `optcurv.random_direction`s or leading
-        eigenvectors.
+      directions: d₁ and d₂, of the structure and shapes of `center`, such as two from `optcurv.random_direction`, or
+        leading eigenvectors.
       xs: x, of shape (n,).
       ys: y, of shape (m,).
       batches: as for `optcurv.line`.
