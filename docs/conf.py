@@ -26,6 +26,7 @@ templates_path = ["_templates"]
 default_role = "py:obj"  # `optcurv.pal` in a docstring becomes a link
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the descriptions say what an argument may be, shorter than the annotations do
+napoleon_attr_annotations = False
 napoleon_use_ivar = True  # attributes as a list, like arguments
 napoleon_use_rtype = False
 
