@@ -22,11 +22,11 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
     returns come back once for each micro-batch, all updated from the same old ones; average them, as in
     `jax.tree.map(lambda s: s.mean(0), updated)`.
 
-    Micro-batches are evaluated one after the other, and again where a gradient or a product needs what the forward
-    pass left, so products cost up to a half more.
+    Micro-batches are evaluated one after the other, and again where a gradient or a product needs intermediate results
+    of the forward pass, so products cost up to half as much again.
 
-    The Kronecker factors of `optcurv.scale_by_kronecker` are taken of all micro-batches together; with
-    `curvature_value_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.
+    The Kronecker factors of `optcurv.scale_by_kronecker` are computed from all micro-batches together; with
+    `curvature_value_fn=loss_of_batch(one_of_them)` from one of them, in the memory of one.
 
     Args:
       loss_of_batch: maps a micro-batch to its loss closure, or `Composite`, a mean over its examples.
@@ -55,7 +55,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
         )
 
     def over_batches(fn: Callable[..., PyTree], *rest: PyTree) -> PyTree:
-        """Stacks the results; a pass back evaluates again what it needs."""
+        """Stacks the results; a backward pass evaluates again what it needs."""
         return jax.lax.map(lambda arguments: _micro_batch(jax.checkpoint(fn))(*arguments), (batches, *rest))
 
     def value_fn(params: PyTree) -> Any:
@@ -81,7 +81,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
 
 @dataclasses.dataclass(frozen=True)
 class _Accumulated(Composite):
-    """Its value takes one pass: by way of all outputs, derivatives would keep more than those of a micro-batch."""
+    """Its value takes one pass; through all outputs, derivatives would keep the activations of all micro-batches."""
 
     value_fn: ValueFn = dataclasses.field(kw_only=True)
 
@@ -99,7 +99,7 @@ jax.tree_util.register_dataclass(_Accumulated, data_fields=["model_fn", "loss_fn
 
 
 def _micro_batch(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks the body of a `scan` whose iterations see other examples each, as against steps of a sequence."""
+    """Marks the body of a `scan` whose iterations see different examples, as opposed to the steps of a sequence."""
 
     def optcurv_micro_batch(*arguments: Any) -> Any:
         return fn(*arguments)

@@ -45,7 +45,7 @@ def check_splits_rows(name: str, sharding: Any) -> None:
 def share_out(function: Callable[..., PyTree], sharding: jax.NamedSharding) -> Callable[..., PyTree]:
     """Splits the stacks a function works on among devices, and exchanges what they return.
 
-    The function maps stacks of so many things to stacks of as many, each on its own. The devices are those along the
+    The function maps stacks to stacks of the same length, entry by entry. The devices are those along the
     mesh axes of the sharding's first dimension, also inside of a `jax.shard_map` over them.
     """
     mesh, axes = sharding.mesh, sharding.spec[0]
@@ -70,7 +70,7 @@ def share_out(function: Callable[..., PyTree], sharding: jax.NamedSharding) -> C
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """Returns where each array of an optimiser's state belongs: those like a parameter, where it is.
+    """Returns where each array of an optimiser's state belongs: those like a parameter go where the parameter is.
 
     Whatever in the state has the structure and the shapes of the parameters, such as a momentum or the axes of an
     ellipsoid, is sharded as they are; so are single arrays kept under a parameter's path. All else, scalars and

@@ -57,16 +57,16 @@ def diagonal_mass(
 
     Args:
       matvec: the product :math:`v \mapsto A v` with a symmetric A, such as `optcurv.hessian_product(loss, params)`; it
-        must map under `jax.vmap` and return the structure of its argument.
+        must work under `jax.vmap` and return the structure of its argument.
       params: any pytree of real arrays, d numbers in all; only structure, shapes and dtypes matter.
-      num_probes: columns to draw, from 2 to d; default None, all of up to 20 000 and 1 000 of more.
+      num_probes: columns to draw, from 2 to d; default None: all if there are up to 20 000, otherwise 1 000.
       key: for the draw, a key of `jax.random`; default `jax.random.key(0)`. Not used where all columns are measured.
 
     Returns:
-      A `DiagonalMass`: `mass` and `standard_error`, both without unit; not a number where A is zero or not finite.
+      A `DiagonalMass`: `mass` and `standard_error`, both without unit; NaN where A is zero or not finite.
 
     Raises:
-      TypeError: if `matvec` is no function, `num_probes` is not a Python int, or `params` are complex.
+      TypeError: if `matvec` is not a function, `num_probes` is not a Python int, or `params` are complex.
       ValueError: if `num_probes` is out of range, `params` hold no number, or `matvec` returns another structure.
 
     Example:
@@ -156,7 +156,7 @@ def wigner_diagonal_mass(
       The mass, in (0, 1].
 
     Raises:
-      TypeError: if `dimension` is not a Python int, or a magnitude no number.
+      TypeError: if `dimension` is not a Python int, or a magnitude is not a number.
       ValueError: if one is out of range.
 
     Example:

@@ -16,21 +16,21 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
     r"""Draws a direction whose filters are as long as the parameters'.
 
     Each filter, all weights that lead to one output, is Gaussian noise scaled to the norm of that filter of `params`
-    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales stay where they are. So slices
-    of networks whose layers could be rescaled without changing their outputs can be compared.
+    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales get zeros. Slices can
+    then be compared between networks whose layers could be rescaled without changing their outputs.
 
     Args:
       key: of `jax.random`.
       params: parameters, any pytree of real arrays.
       layers: `optcurv.layers(loss, params)`, which knows the outputs of each kernel: needed for kernels with the
         outputs first (equinox, PyTorch), with several axes of outputs (attention), or stacked (`nn.scan`). Parameters
-        in no layer stay where they are. Default: the last axis of each array of two axes or more is the outputs'.
+        in no layer get zeros. Default: the last axis of each array of two or more axes is taken for the outputs'.
 
     Returns:
       A pytree like `params`.
 
     Raises:
-      TypeError: if `layers` is something else.
+      TypeError: if `layers` is anything else.
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
@@ -68,7 +68,7 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
 
 
 def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:
-    r"""Projects points onto a plane, such as where an optimiser came by.
+    r"""Projects points onto a plane, such as those that an optimiser passed through.
 
     .. math:: \arg\min_{x, y} \|\theta + x\, d_1 + y\, d_2 - p\|
 

@@ -55,7 +55,7 @@ def adaptive_cubic(
 
     Args:
       norm: M, as in `optcurv.trust_region`.
-      max_iter: products, and dimension of the Krylov space, at least 2.
+      max_iter: the number of products, and the dimension of the Krylov space, at least 2.
       curvature: B, as in `optcurv.trust_region`.
       initial_weight: σ₀ > 0.
       min_weight: σ_min > 0, a number or a schedule.
@@ -64,7 +64,7 @@ def adaptive_cubic(
       shrink_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₂ > 1, likewise.
       shrinkage: γ₁ > 1, likewise.
-      seed: of the random vectors that the Krylov space starts from.
+      seed: for the random vectors that the Krylov space starts from.
 
     Returns:
       The optimiser.
