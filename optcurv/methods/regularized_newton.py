@@ -78,10 +78,13 @@ def regularized_newton(
     curvature: ProductFn,
     initial_size: chex.Numeric,
     accept_ratio: optax.ScalarOrSchedule,
-    resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     seed: int,
 ) -> optax.GradientTransformationExtraArgs:
-    """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
+    """The loop that both methods share: model, step, ratio, decision, size of the next model's region.
+
+    `resize` takes the size, the ratio, whether the step was accepted, whether the region held it back, and the count.
+    """
     if not isinstance(norm, Norm):
         raise TypeError(f"norm must be an optcurv.Norm like optcurv.rmsprop_norm(), got {norm!r}.")
     check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
@@ -130,7 +133,8 @@ def regularized_newton(
         ratio = decrease_ratio(value, decrease, found.predicted_decrease, noise)
         ratio = jnp.where(usable & (found.stop >= Stop.CONVERGED), ratio, -jnp.inf)
         accepted = ratio >= scheduled(accept_ratio, state.count)
-        size = resize(state.size, ratio, accepted, state.count).astype(state.size.dtype)
+        held = (found.stop == Stop.BOUNDARY) | (found.stop == Stop.NEGATIVE_CURVATURE)
+        size = resize(state.size, ratio, accepted, held, state.count).astype(state.size.dtype)
         info = info_type(
             *map(jnp.float32, (ratio, state.size)),
             accepted=accepted,
