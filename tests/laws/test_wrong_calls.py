@@ -216,6 +216,20 @@ CONSTRUCTORS = [
         TypeError,
         r"loss_of_model must be a function of \(model\)",
     ),
+    Wrong("seed-a-string", lambda: optcurv.trust_region(seed="a"), TypeError, "seed must be an integer, got 'a'"),
+    Wrong("seed-a-fraction", lambda: optcurv.adaptive_cubic(seed=0.5), TypeError, "seed must be an integer, got 0.5"),
+    Wrong(
+        "accumulate-a-number",
+        lambda: optcurv.accumulate(lambda batch: jnp.sum(batch), jnp.ones((2, 3))),
+        TypeError,
+        "loss_of_batch must return the loss as a function of params",
+    ),
+    Wrong(
+        "accumulate-of-two",
+        lambda: optcurv.accumulate(lambda params, batch: 0.0, jnp.ones((2, 3))),
+        TypeError,
+        r"loss_of_batch must be a function of \(batch\)",
+    ),
     Wrong(
         "hessian-of-a-value",
         lambda: optcurv.hessian_product(0.5, jnp.ones(2)),
@@ -235,6 +249,13 @@ CONSTRUCTORS = [
 def test_constructors(wrong):
     with pytest.raises(wrong.error, match=wrong.message):
         wrong.call()
+
+
+def test_numbers_may_be_numpys():
+    optcurv.edf(np.float32(0.1), damping_power=np.int64(1))
+    optcurv.trust_region(initial_radius=np.float64(0.1), seed=np.uint32(3))
+    with pytest.raises(ValueError, match="learning_rate must be finite"):
+        optcurv.edf(np.float32(np.nan))
 
 
 PARAMS = problems.regression_params()
