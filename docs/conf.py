@@ -2,10 +2,17 @@
 
 import pathlib
 import shutil
+import sys
 
 import optcurv
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE))
+from api_pages import pages  # noqa: E402
+
+for name, text in pages().items():
+    (HERE / "api").mkdir(exist_ok=True)
+    (HERE / "api" / name).write_text(text)
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)  # Sphinx reads this folder only
 
 project = "optcurv"
