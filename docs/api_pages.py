@@ -1,4 +1,4 @@
-"""Writes the API pages: every public name under its module, every module under its folder. Nothing is listed by hand."""
+"""Writes the API pages: every public name under its module, every module under its folder."""
 
 import ast
 import importlib
