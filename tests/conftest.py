@@ -8,6 +8,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+os.environ["MPLBACKEND"] = "agg"  # no windows
+
 import jax  # noqa: E402  it reads the environment
 
 # Four CPU devices on one machine, for the sharding laws; it must be said before JAX starts its backends.
