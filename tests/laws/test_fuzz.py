@@ -76,8 +76,7 @@ class Program(NamedTuple):
       make: the optimiser, from the numbers drawn.
       dtypes: of the network's kernels, of its biases and of its scale.
       ranges: of each number drawn, on a logarithmic scale.
-      spikes_in_a_row: whether it bears a spike that it cannot tell from a new scale: the first batch of all, or one
-        just after another. Plain gradient descent follows it as far as it says.
+      spikes_in_a_row: see `tests.cases.Fuzz`.
     """
 
     method: Callable
@@ -211,6 +210,18 @@ PROGRAMS = {
 }
 
 
+def row_program(case):
+    """The row's own options, in the parameters that ask most of a method."""
+    fuzz = case.fuzz
+    return Program(case.factory, lambda numbers: case.make(**numbers), MIXED, fuzz.ranges, fuzz.spikes_in_a_row)
+
+
+with_programs = {program.method for program in PROGRAMS.values()}
+PROGRAMS |= {
+    case.name: row_program(case) for case in CASES if not with_programs.intersection(case.public or (case.factory,))
+}
+
+
 # Batches.
 
 
@@ -297,9 +308,3 @@ def test_poison_leaves_parameters_finite_and_does_not_keep_a_method_from_learnin
     after_poison = losses[:, 2, NUM_POISONED]
     assert np.all(spiked < 1.5 * good + 0.2)
     assert np.all((poisoned < 1.5 * good + 0.2) | (poisoned < 0.8 * after_poison))
-
-
-def test_all_methods_take_part():
-    assert {case.factory for case in CASES if case.factory in vars(optcurv).values()} <= {
-        program.method for program in PROGRAMS.values()
-    }

@@ -271,7 +271,12 @@ def replaced(**changes):
 
 def loss_returning(value):
     """A loss whose two parts end in `value(loss)`."""
-    return replaced(value_fn=optcurv.Composite(LOSS.model_fn, lambda logits: value(LOSS.loss_fn(logits))))
+    return with_loss(optcurv.Composite(LOSS.model_fn, lambda logits: value(LOSS.loss_fn(logits))))
+
+
+def with_loss(loss):
+    """Without its value, so that every method calls it."""
+    return replaced(value_fn=loss, value=None)
 
 
 def cast(name, dtype):
@@ -362,13 +367,13 @@ UPDATES = [
     Wrong("loss-complex", loss_returning(lambda loss: loss * 1j), TypeError, "real scalar.*complex64"),
     Wrong(
         "has-aux-forgotten",
-        replaced(value_fn=optcurv.Composite(lambda p: (LOSS.model_fn(p), {}), LOSS.loss_fn)),
+        with_loss(optcurv.Composite(lambda p: (LOSS.model_fn(p), {}), LOSS.loss_fn)),
         TypeError,
         r"loss_fn failed on the pair that model_fn returned.*has_aux=True",
     ),
     Wrong(
         "has-aux-of-a-model-without",
-        replaced(value_fn=optcurv.Composite(LOSS.model_fn, LOSS.loss_fn, has_aux=True)),
+        with_loss(optcurv.Composite(LOSS.model_fn, LOSS.loss_fn, has_aux=True)),
         TypeError,
         r"With has_aux=True, Composite\.model_fn must return a pair \(outputs, aux\), got an array float32\(32, 3\)",
     ),
