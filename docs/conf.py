@@ -13,7 +13,9 @@ from api_pages import pages  # noqa: E402
 for name, text in pages().items():
     (HERE / "api").mkdir(exist_ok=True)
     (HERE / "api" / name).write_text(text)
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)  # Sphinx reads this folder only
+# Sphinx reads this folder only.
+only_notebooks = shutil.ignore_patterns("*.py", "__pycache__", ".ipynb_checkpoints")
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=only_notebooks, dirs_exist_ok=True)
 
 project = "optcurv"
 author = "The optcurv authors"
