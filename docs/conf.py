@@ -7,15 +7,20 @@ import sys
 import optcurv
 
 HERE = pathlib.Path(__file__).parent
+
+for made in ("api", "notebooks"):  # what an earlier build left may be out of date
+    shutil.rmtree(HERE / made, ignore_errors=True)
+
+# Sphinx reads this folder only.
+only_notebooks = shutil.ignore_patterns("*.py", "__pycache__", ".ipynb_checkpoints")
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=only_notebooks)
+
 sys.path.append(str(HERE))
 from api_pages import pages  # noqa: E402
 
+(HERE / "api").mkdir()
 for name, text in pages().items():
-    (HERE / "api").mkdir(exist_ok=True)
     (HERE / "api" / name).write_text(text)
-# Sphinx reads this folder only.
-only_notebooks = shutil.ignore_patterns("*.py", "__pycache__", ".ipynb_checkpoints")
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=only_notebooks, dirs_exist_ok=True)
 
 project = "optcurv"
 author = "The optcurv authors"
