@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optcurv.kronecker.statistics import Tap
+from optcurv.kronecker.uses import Tap
 from optcurv.sharding import share_out
 
 Factors: TypeAlias = tuple[jax.Array, ...]
