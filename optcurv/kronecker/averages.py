@@ -9,12 +9,12 @@ import optax
 
 from optcurv.kronecker.factors import Factors
 
-_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in at once
-PROBATION = 10  # batches in which averages are given up again if they prove to be those of a spike
+_OUTLIER = 1e4  # times the average; statistics beyond it are averaged in only if a second batch confirms them
+PROBATION = 10  # batches within which averages are given up again if they turn out to be those of a spike
 
 
 class Statistics(NamedTuple):
-    """Of one batch, or their averages.
+    """The statistics of one batch, or their averages.
 
     Attributes:
       factors: of each layer, by the path of its kernel.
@@ -30,8 +30,8 @@ class Averages(NamedTuple):
 
     Attributes:
       statistics: the averages.
-      weight: what their weights sum to; less than one at first.
-      num_averaged: batches averaged in since the averages began anew; no more than ten are counted, and ten at first.
+      weight: the sum of the weights of all batches; less than one at first.
+      num_averaged: batches averaged in since the averages last started afresh, counted up to ten; at first it is ten.
       refused: whether the last batch was kept out.
     """
 
@@ -42,11 +42,11 @@ class Averages(NamedTuple):
 
 
 def average(before: Averages, now: Statistics, decay: jax.Array) -> Averages:
-    """Averages a batch in, unless it is not finite or far from the averages for the first time.
+    """Averages a batch in, unless it is not finite, or far from the averages without the batch before being so too.
 
-    Where a second batch confirms that the statistics have changed, the averages of those that did begin anew.
+    If two batches in a row are far from the averages, those that they are far from start afresh.
     """
-    like_this = optax.tree.scale(before.weight, now)  # the averages, had all batches been like this one
+    like_this = optax.tree.scale(before.weight, now)  # the averages if all batches had been like this one
     early = before.num_averaged < PROBATION
     odd = jax.tree.map(lambda a, b: _far_above(a, b) | (_far_above(b, a) & early), like_this, before.statistics)
     any_odd = functools.reduce(jnp.logical_or, jax.tree.leaves(odd), jnp.zeros((), bool))

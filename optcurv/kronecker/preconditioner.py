@@ -25,12 +25,12 @@ class KroneckerInfo(NamedTuple):
     """What one step did; scalars for the log.
 
     Attributes:
-      num_layers: how many layers the loss has; all parameters in none are preconditioned diagonally.
-      largest_eigenvalue: of the damped Fisher matrix's layers.
+      num_layers: the number of layers in the loss; parameters in none are preconditioned diagonally.
+      largest_eigenvalue: of the damped Fisher matrix.
       smallest_eigenvalue: likewise.
-      age: steps since the stalest powers were taken.
-      norm_ratio: the norm of the outgoing updates over that of the incoming ones.
-      finite: whether the updates were finite and there are statistics; the outgoing ones are zero otherwise.
+      age: steps since the oldest powers were computed.
+      norm_ratio: the norm of the outgoing updates divided by that of the incoming ones.
+      finite: whether the updates were finite and there are statistics; otherwise the outgoing ones are zero.
       refused: whether the last batch measured was kept out of the averages.
     """
 
@@ -46,11 +46,15 @@ class KroneckerInfo(NamedTuple):
 class ScaleByKroneckerState(NamedTuple):
     """State of `scale_by_kronecker`.
 
+    A layer's statistics belong to its kernel and bias together and have the shape of neither. So the state holds
+    dictionaries by path and no trees like the parameters, and `optax.tree.map_params` cannot map it;
+    `optcurv.state_shardings` says where its arrays belong.
+
     Attributes:
       count: steps taken.
-      key: of the sampled labels, as key data.
-      weight: what the averages' weights sum to; less than one at first.
-      num_averaged: batches averaged in since the averages began anew; no more than ten are counted, and ten at first.
+      key: for the sampled labels, as key data.
+      weight: the sum of the weights in the averages; less than one at first.
+      num_averaged: batches averaged in since the averages last started afresh, counted up to ten; at first it is ten.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -99,9 +103,9 @@ def scale_by_kronecker(
 
     The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same
     at every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's
-    own as for the factors, or an estimate from the batch's: RMSProp without momentum. A loss without layers is
-    preconditioned so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says
-    how many layers were found.
+    own as for the factors, or an estimate from the batch's: RMSProp without momentum. If a loss has no layers, this
+    goes for all parameters, and it counts as the loss of one example unless `batch_size` is given. `info.num_layers`
+    says how many layers were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
@@ -110,10 +114,10 @@ def scale_by_kronecker(
 
     The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch,
     for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
-    nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but
-    slowly. Where they come twice in a row the averages begin anew. The same holds for statistics as far below the
-    averages in the ten batches after such a beginning, which may have been a spike. The very first batch is never given
-    up so: parameters that converge early look just as if it had been a spike.
+    nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade only
+    slowly. If two such batches come in a row, the averages start afresh. In the ten batches after that, the same holds
+    for statistics as far below the averages, as these may be those of a spike. The averages of the very first batch are
+    never given up in this way: if parameters converge early, it looks just as if that batch had been a spike.
 
     Args:
       power: p < 0.
@@ -121,7 +125,7 @@ def scale_by_kronecker(
       factor_every: steps from one batch averaged in to the next; early on there are more.
       root_every: :math:`T_{int}`, steps from one decomposition of a factor to the next; likewise.
       damping: λ ≥ 0, relative, a number or a schedule.
-      absolute_damping: likewise; published 1e-6, with no relative one.
+      absolute_damping: likewise; published 1e-6, with no relative damping.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
         `optcurv.DIAGONAL`.
       sampler: of gradients at the outputs. None (default) takes the labels of the loss, for the empirical Fisher
@@ -133,15 +137,15 @@ def scale_by_kronecker(
         the factors of all such arrays; with `layers`, only what is used.
       batch_size: the number of examples whose mean the loss is, of those on one device within `jax.shard_map`; default:
         the leading axis of the layers' inputs.
-      rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
-        the previous ones, and all other eigenvalues count as equal to their mean; None finds all, exactly, at a cost
-        in proportion to the cube of a layer's width.
+      rank: how many leading eigenpairs are computed of factors larger than twice this, by subspace iteration from the
+        previous ones; all other eigenvalues count as equal to their mean. None computes all, exactly, at a cost
+        proportional to the cube of a layer's width.
       max_factor_size: of larger factors only the diagonal is kept.
-      max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
-      root_sharding: shares the decompositions out: the factors of one size are split among the devices along the mesh
-        axes of its first dimension, say `jax.NamedSharding(mesh, jax.P("data"))`, and the results exchanged; default:
-        every device decomposes all.
-      seed: of the sampled labels.
+      max_positions: how many positions of a convolution's inputs to use, about, on a grid; default: all.
+      root_sharding: splits the decompositions, the factors of one size among the devices along the mesh axes of its
+        first dimension, as in `jax.NamedSharding(mesh, jax.P("data"))`, and exchanges the results; default: every
+        device decomposes all.
+      seed: for the sampled labels.
 
     Returns:
       The transformation.
@@ -192,7 +196,7 @@ def scale_by_kronecker(
 
 def _init(options: Options, params: PyTree) -> ScaleByKroneckerState:
     dtype = wide_dtype(params)
-    # Without `layers` only the loss will tell which parameters are in none, so each of them has its squares.
+    # Without `layers` only the loss will tell which parameters are in none, so there is room for the squares of all.
     factor_shapes, square_shapes = options.shapes(options.layers, by_path(params))
     factors = {path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes.items()}
     # Arrays of their own, so that all can be donated.
@@ -262,7 +266,7 @@ def _update(
 
 
 def record_loss(options: Options, value_fn: ValueFn, params: PyTree) -> Recording:
-    """Traces the function that the factors are taken of: the loss, or the model where labels are drawn."""
+    """Traces the function that the factors are measured in: the loss, or the model where labels are drawn."""
     if options.sampler is None:
         return record(scalar_fn(value_fn), params, options.left_out)
     if not isinstance(value_fn, Composite):
@@ -287,8 +291,8 @@ def _averages_before(
         if not layers.found:
             raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{layers}")
         raise ValueError(
-            "The layers of the loss are not those the state was made for, which without layers= are told by the "
-            "parameters' shapes alone: make the optimiser with layers=optcurv.layers(value_fn, params), which are\n"
+            "The layers of the loss are not those the state was made for. Without layers= these are guessed from the "
+            "shapes of the parameters: make the optimiser with layers=optcurv.layers(value_fn, params), which finds\n"
             f"{layers}"
         )
     factors = {path: state.factors[path] for path in factor_shapes}
@@ -329,7 +333,7 @@ def measure(
 
 
 def refresh(options: Options, averages: Averages, state: ScaleByKroneckerState) -> tuple[Powers, dict[str, jax.Array]]:
-    """Takes the powers that are due of the debiased factors; returns them with the debiased, damped squares."""
+    """Computes the powers of the debiased factors that are due; returns them with the debiased, damped squares."""
     weight = jnp.where(averages.weight > 0, averages.weight, 1.0)
     dampings = {
         "relative": scheduled(options.damping, state.count),
