@@ -4,8 +4,8 @@ from optcurv.accumulation import accumulate
 from optcurv.curvature import Composite, gauss_newton_product, hessian_product, nnx_value_fn
 from optcurv.diagnostics import diagnostics
 from optcurv.kronecker.factors import BLOCK, DIAGONAL, KRONECKER, Structure
-from optcurv.kronecker.layers import layers
 from optcurv.kronecker.preconditioner import scale_by_kronecker
+from optcurv.kronecker.recording import layers
 from optcurv.kronecker.samplers import sample_categorical_gradients, sample_gaussian_gradients
 from optcurv.krylov import Metric, minres
 from optcurv.landscape.batch_stats import recomputed_batch_stats

@@ -151,31 +151,30 @@ def _check_loss(method: str, params: PyTree, given: dict[str, Any]) -> None:
 
 def check_like(name: str, tree: PyTree, params: PyTree) -> None:
     """Raises `ValueError` unless a tree has the structure of the parameters and their shapes."""
-    difference = _difference(name, tree, "params", params)
+    problem = difference(name, tree, "params", params)
     structure, expected = jax.tree.structure(tree), jax.tree.structure(params)
-    if not difference and structure != expected:
-        difference = f"{name} has the structure {structure}, and params {expected}"
-    if difference:
+    if not problem and structure != expected:
+        problem = f"{name} has the structure {structure}, and params {expected}"
+    if problem:
         raise ValueError(
-            f"{name} must have the structure and the shapes of params, but {difference}. Pass the gradient at these "
+            f"{name} must have the structure and the shapes of params, but {problem}. Pass the gradient at these "
             "params, as in update(gradient, state, params, value_fn=loss)."
         )
 
 
 def _check_state(method: str, state: PyTree, init: optax.TransformInitFn, params: PyTree) -> None:
-    difference = _difference("state", state, "init(params)", jax.eval_shape(init, params))
-    if difference:
+    problem = difference("state", state, "init(params)", jax.eval_shape(init, params))
+    if problem:
         raise ValueError(
-            f"state must be one that {method} made for these params, but {difference}. Make it anew, with "
+            f"state must be one that {method} made for these params, but {problem}. Make it anew, with "
             "state = optimizer.init(params)."
         )
 
 
-def _difference(name: str, tree: PyTree, like_name: str, like: PyTree) -> str:
+def difference(name: str, tree: PyTree, like_name: str, like: PyTree) -> str:
     """Describes the first leaf whose path or shape differs between two trees; empty if there is none."""
     shapes, expected = (
-        {path_name(path): tuple(getattr(leaf, "shape", ())) for path, leaf in jax.tree_util.tree_leaves_with_path(each)}
-        for each in (tree, like)
+        {path: tuple(getattr(leaf, "shape", ())) for path, leaf in by_path(each).items()} for each in (tree, like)
     )
     for path in expected | shapes:
         if path not in shapes:
@@ -287,6 +286,16 @@ def vector_space(params: PyTree) -> tuple[PyTree, int]:
 def key_or_default(key: chex.PRNGKey | None) -> chex.PRNGKey:
     """Returns the key, or a fixed one if there is none."""
     return jax.random.key(0) if key is None else key
+
+
+def layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    """Returns a tree's structure and the shapes of its leaves."""
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves in their order, by their paths as `path_name` writes them."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

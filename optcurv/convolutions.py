@@ -20,16 +20,15 @@ def with_canonical_convolutions(fn: Callable[[Any], Any], argument: Any) -> Call
     except the body of a `shard_map`.
 
     Args:
-      fn: a function of one pytree of arrays. It is traced once and may close over traced values.
+      fn: a function of one pytree of arrays. It may close over traced values.
       argument: a pytree of arrays of the shapes and dtypes that `fn` is to be called with.
 
     Returns:
-      A function equal to `fn` to rounding; `fn` itself where it has no such convolution.
+      A function equal to `fn` to rounding, and of the very same operations where it holds no such convolution. `fn`
+      is traced here and never again.
     """
     traced, out_shape = jax.make_jaxpr(fn, return_shape=True)(argument)
     rewritten = _rewritten(traced)
-    if rewritten is traced:
-        return fn
     out_structure = jax.tree.structure(out_shape)
 
     def canonical_fn(argument: Any) -> Any:

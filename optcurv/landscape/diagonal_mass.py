@@ -1,7 +1,7 @@
 """How much of a symmetric operator its diagonal holds, and what chance would give."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from optcurv.arguments import (
     check_count,
     check_number,
     key_or_default,
+    layout,
     vector_space,
 )
 from optcurv.curvature import MatVec
@@ -89,7 +90,7 @@ def diagonal_mass(
     def measure(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         basis = _unit_vector(params, index)
         column = matvec(basis)
-        if _layout(column) != _layout(basis):
+        if layout(column) != layout(basis):
             raise ValueError("matvec must return a pytree of the structure and shapes of params.")
         absolute = jax.tree.map(jnp.abs, at_least_float32(column))
         return _sum(jax.tree.map(jnp.multiply, basis, absolute)), _sum(absolute)
@@ -124,10 +125,6 @@ def _unit_vector(like: PyTree, index: jax.Array) -> PyTree:
         units.append(jnp.asarray(jnp.arange(leaf.size) == index, leaf.dtype).reshape(leaf.shape))
         index = index - leaf.size
     return jax.tree.unflatten(structure, units)
-
-
-def _layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _sum(tree: PyTree) -> jax.Array:

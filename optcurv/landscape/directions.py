@@ -1,6 +1,5 @@
 """Directions in the space of parameters, and where points lie along them."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import chex
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree
+from optcurv.arguments import PyTree, by_path, difference
 from optcurv.kronecker.layers import Layers
 
 
@@ -36,7 +35,7 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
       >>> import jax, jax.numpy as jnp, optcurv
       >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
       >>> direction = optcurv.random_direction(jax.random.key(0), params)
-      >>> print(jnp.linalg.norm(direction["kernel"], axis=0), direction["bias"])
+      >>> print(jnp.linalg.norm(direction["kernel"], axis=0).round(4), direction["bias"])
       [5. 2.] [0. 0.]
       >>> loss = lambda p: jnp.sum(jnp.ones((3, 2)) @ p["kernel"].T + p["bias"])  # outputs first
       >>> direction = optcurv.random_direction(jax.random.key(0), params, layers=optcurv.layers(loss, params))
@@ -45,26 +44,24 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
     """
     if layers is not None and not isinstance(layers, Layers):
         raise TypeError(f"layers must be what optcurv.layers(loss, params) returns, got {type(layers).__name__}.")
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
+    leaves = by_path(params)
+    keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
 
-    def draw(key: chex.PRNGKey, kernel: jax.Array) -> jax.Array:
+    def draw(path: str, kernel: jax.Array) -> jax.Array:
         """Of a kernel arranged as (stack, in, out)."""
-        noise = jax.random.normal(key, kernel.shape, kernel.dtype)
+        noise = jax.random.normal(keys[path], kernel.shape, kernel.dtype)
         return noise * (jnp.linalg.norm(kernel, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True))
 
-    drawn = [jnp.zeros_like(leaf) for leaf in leaves]
+    drawn = optax.tree.zeros_like(leaves)
     if layers is None:
-        for place, leaf in enumerate(leaves):
+        for path, leaf in leaves.items():
             if leaf.ndim > 1:
-                drawn[place] = draw(keys[place], leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
+                drawn[path] = draw(path, leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
     else:
         for layer in layers.found:
             kernel, *bias = layer.parts(leaves)
-            parts = draw(keys[layer.kernel], kernel), *map(jnp.zeros_like, bias)
-            for place, leaf in layer.leaves(parts, leaves).items():
-                drawn[place] = leaf
-    return jax.tree.unflatten(structure, drawn)
+            drawn |= layer.leaves((draw(layer.path, kernel), *map(jnp.zeros_like, bias)), leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), [drawn[path] for path in leaves])
 
 
 def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:
@@ -109,14 +106,7 @@ def check_two(directions: Sequence[PyTree]) -> None:
 
 def check_same_layout(trees: Sequence[PyTree]) -> None:
     """Raises unless trees have the same structure and shapes."""
-    first, *others = (_layout(tree) for tree in trees)
+    first, *others = trees
     for other in others:
-        if first != other:
-            unlike = next(pair for pair in itertools.zip_longest(first, other) if pair[0] != pair[1])
-            raise ValueError(f"All points must have the same structure and shapes; {unlike[0]} is not {unlike[1]}.")
-
-
-def _layout(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
+        if problem := difference("another", other, "the first", first):
+            raise ValueError(f"All points must have the same structure and shapes, but {problem}.")

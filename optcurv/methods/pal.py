@@ -123,14 +123,7 @@ def scale_by_parabolic_linesearch(
     for name, option in (("exact_slope", exact_slope), ("measure_slope", measure_slope)):
         if not isinstance(option, bool):
             raise TypeError(f"{name} must be True or False, got {option!r}.")
-
     measure = _measure_slope if measure_slope else _measure_value
-
-    def init(params: PyTree) -> ScaleByParabolicLinesearchState:
-        del params
-        zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
-        info = PalInfo(zero, zero, zero, case=jnp.zeros((), jnp.int32), clipped=no, noise=no)
-        return ScaleByParabolicLinesearchState(count=jnp.zeros((), jnp.int32), shortest=zero, info=info)
 
     def update(
         updates: PyTree,
@@ -164,9 +157,8 @@ def scale_by_parabolic_linesearch(
         curvature, noise = factor * second / distance / distance, ~(clarity > 1)
         shortest = mu * jnp.minimum(jnp.sqrt(12 / clarity), 10)
         finite = jnp.isfinite(norm) & jnp.isfinite(slope) & jnp.isfinite(value_there) & jnp.isfinite(curvature)
-        step, case = _step_and_case(slope, jnp.where(noise, 0.0, curvature), given)
-        clipped = finite & (step > longest)
-        step, case = jnp.where(finite, jnp.minimum(step, longest), 0.0), jnp.where(finite, case, 0)
+        step, case = _step_and_case(finite, slope, jnp.where(noise, 0.0, curvature), given)
+        clipped, step = step > longest, jnp.minimum(step, longest)
         info = PalInfo(*map(jnp.float32, (slope, curvature, step)), case=jnp.int32(case), clipped=clipped, noise=noise)
         scaled = optax.tree.where(step > 0, optax.tree.scale(step, direction), optax.tree.zeros_like(direction))
         new_state = ScaleByParabolicLinesearchState(
@@ -176,7 +168,14 @@ def scale_by_parabolic_linesearch(
         )
         return optax.tree.cast_like(scaled, updates), new_state
 
-    return checked("scale_by_parabolic_linesearch", init, update)
+    return checked("scale_by_parabolic_linesearch", _init, update)
+
+
+def _init(params: PyTree) -> ScaleByParabolicLinesearchState:
+    del params
+    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    info = PalInfo(zero, zero, zero, case=jnp.zeros((), jnp.int32), clipped=no, noise=no)
+    return ScaleByParabolicLinesearchState(count=jnp.zeros((), jnp.int32), shortest=zero, info=info)
 
 
 def _direction_and_norm(updates: PyTree) -> tuple[PyTree, jax.Array]:
@@ -270,12 +269,15 @@ def _clarity(difference: jax.Array, here: jax.Array, there: jax.Array) -> jax.Ar
     return jnp.abs(difference) / (20 * jnp.finfo(there.dtype).eps * size)
 
 
-def _step_and_case(slope: jax.Array, curvature: jax.Array, measuring_step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The three cases of section 2.3."""
+def _step_and_case(
+    finite: jax.Array, slope: jax.Array, curvature: jax.Array, measuring_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The three cases of section 2.3, and no step where something is not finite."""
     convex, downhill = curvature > 0, slope < 0
     minimum = -slope / jnp.where(convex, curvature, 1.0)
     step = jnp.where(downhill, jnp.where(convex, minimum, measuring_step), 0.0)
-    return step, jnp.where(downhill, jnp.where(convex, 1, 2), 3)
+    case = jnp.where(downhill, jnp.where(convex, 1, 2), 3)
+    return jnp.where(finite, step, 0.0), jnp.where(finite, case, 0)
 
 
 def _momentum(decay: float) -> optax.GradientTransformation:
