@@ -145,9 +145,7 @@ def scale_by_edf(
         direction = optax.tree.cast_like(direction, updates)
         direction_norm = optax.tree.norm(at_least_float32(direction))
         found = (direction_norm > 0) | (norm == 0)
-        finite = (
-            jnp.isfinite(0.0 if value is None else value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm) & found
-        )
+        finite = jnp.isfinite(norm + direction_norm + (0.0 if value is None else value)) & found
         norms = norm * direction_norm
         cosine = jnp.where(breakdown, 1.0, slope / jnp.where(norms == 0, 1.0, norms))
         info = EdfInfo(
