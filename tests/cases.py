@@ -113,7 +113,7 @@ def adam_with_linesearch(measuring_step: float = 0.1, max_step: float = 1.0) -> 
 
 
 CASES = [
-    edf_case("edf-g-2-nesterov", 2, acceleration="nesterov"),
+    edf_case("edf-g-2-nesterov", 2, learning_rate=0.2, acceleration="nesterov"),
     # Damped more: as published EDF-H is drawn to saddle points, here to the network that ignores its input.
     edf_case(
         "edf-h-1-momentum",
