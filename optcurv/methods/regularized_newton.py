@@ -20,20 +20,23 @@ from optcurv.arguments import (
     scheduled,
     wide_dtype,
 )
+from optcurv.convolutions import with_canonical_convolutions
 from optcurv.curvature import ProductFn
+from optcurv.methods.damped import around
 from optcurv.methods.norms import Norm
 from optcurv.methods.subproblems import Solver, Stop
 from optcurv.spikes import Watch, look, start_watch
 
 
 class RegularizedNewtonState(NamedTuple):
-    """State of `trust_region` and `adaptive_cubic`.
+    """State of `trust_region`, `adaptive_cubic` and `levenberg_marquardt`.
 
     Attributes:
       count: steps taken, for schedules.
-      size: the radius Δ, or the weight σ, of the next step.
+      size: the radius Δ, the weight σ or the damping λ of the next step.
       norm: the norm's own state.
       watch: for spikes of the gradient.
+      previous: the last step, zero if it was rejected; empty without momentum.
       key: of the solver's random vectors, as key data.
       info: of the last step.
     """
@@ -42,6 +45,7 @@ class RegularizedNewtonState(NamedTuple):
     size: jax.Array
     norm: Any
     watch: Watch
+    previous: PyTree
     key: jax.Array
     info: Any
 
@@ -80,8 +84,14 @@ def regularized_newton(
     accept_ratio: optax.ScalarOrSchedule,
     resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     seed: int,
+    momentum: optax.ScalarOrSchedule | None = None,
+    length_trials: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
+    """The loop that these methods share: model, step, ratio, decision, size of the next model's region.
+
+    With momentum, the region is around that multiple of the last step, and the step's length is searched for in so many
+    trials.
+    """
     if not isinstance(norm, Norm):
         raise TypeError(f"norm must be an optcurv.Norm like optcurv.rmsprop_norm(), got {norm!r}.")
     check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
@@ -94,8 +104,9 @@ def regularized_newton(
             size=jnp.asarray(initial_size, wide_dtype(params)),
             norm=norm.init(params),
             watch=start_watch(params),
+            previous=() if momentum is None else optax.tree.zeros_like(at_least_float32(params)),
             key=jax.random.key_data(jax.random.key(seed)),
-            info=info_type(zero, zero, jnp.zeros((), bool), count, count, zero, zero),
+            info=_info(info_type, zero, zero, jnp.zeros((), bool), count, count, zero, zero, zero, jnp.zeros((), bool)),
         )
 
     def update(
@@ -116,38 +127,45 @@ def regularized_newton(
         norm_state = optax.tree.where(watch.after_spike, norm.init(params), state.norm)
         norm_state = norm.update(norm_state, gradient)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        found = solver(
+        damped = solver
+        if momentum is not None:
+            damped = around(optax.tree.scale(scheduled(momentum, state.count, value.dtype), state.previous), solver)
+        found = damped(
             curvature(curvature_value_fn or value_fn, params), gradient, norm.at(norm_state), state.size, key
         )
         _raise_if_indefinite(found.stop)
         usable = jnp.isfinite(value) & (found.stop != Stop.NOT_FINITE) & ~watch.refused
 
         step = optax.tree.cast_like(found.step, updates)
-        trial = optax.apply_updates(params, step)
-        trial_value = loss(trial)
-        noise = 10 * _rounding(gradient, params) + _rounding(jnp.ones_like(value), trial_value)
-        decrease = _decrease(loss, trial, step, value, jnp.asarray(trial_value, value.dtype), gradient)
-        ratio = decrease_ratio(value, decrease, found.predicted_decrease, noise)
-        ratio = jnp.where(usable & (found.stop >= Stop.CONVERGED), ratio, -jnp.inf)
-        accepted = ratio >= scheduled(accept_ratio, state.count)
-        size = resize(state.size, ratio, accepted, state.count).astype(state.size.dtype)
-        info = info_type(
-            *map(jnp.float32, (ratio, state.size)),
-            accepted=accepted,
-            iterations=found.iterations,
-            stop=jnp.int32(found.stop),
-            predicted_decrease=jnp.float32(found.predicted_decrease),
-            actual_decrease=jnp.float32(decrease),
+        decrease, ratio = _judged(loss, params, step, gradient, value, found.predicted_decrease)
+        length, ratio_of_step = jnp.ones_like(value), ratio
+        if length_trials:
+            length, decrease = _best_length(loss, params, step, value, decrease, length_trials)
+            step = optax.tree.cast_like(optax.tree.scale(length, found.step), updates)
+            slope = jnp.asarray(optax.tree.vdot(gradient, found.step), value.dtype)
+            predicted = length**2 * found.predicted_decrease + (length**2 - length) * slope
+            ratio_of_step = decrease_ratio(value, decrease, predicted)
+        solved = usable & (found.stop >= Stop.CONVERGED)
+        ratio = jnp.where(solved, ratio, -jnp.inf)
+        accepted = solved & (ratio_of_step >= scheduled(accept_ratio, state.count))
+        used = state.size if found.size is None else jnp.asarray(found.size, state.size.dtype)
+        size = resize(used, ratio, accepted, state.count).astype(used.dtype)
+        step = optax.tree.where(accepted, step, optax.tree.zeros_like(step))
+        info = _info(
+            info_type,
+            *(ratio, used, accepted, found.iterations, found.stop),
+            *(found.predicted_decrease, decrease, length, found.on_residuals),
         )
         new_state = RegularizedNewtonState(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
             norm=optax.tree.where(usable, norm_state, state.norm),
             watch=watch,
+            previous=() if momentum is None else optax.tree.where(usable, at_least_float32(step), state.previous),
             key=state.key,
             info=info,
         )
-        return optax.tree.where(accepted, step, optax.tree.zeros_like(step)), new_state
+        return step, new_state
 
     return checked(method, init, update)
 
@@ -181,6 +199,75 @@ def decrease_ratio(
     return jnp.where((predicted >= 0) & ~jnp.isnan(ratio) & jnp.isfinite(decrease), ratio, -jnp.inf)
 
 
+def _info(
+    info_type: Callable[..., Any], ratio: Any, size: Any, accepted: Any, iterations: Any, stop: Any, *rest: Any
+) -> Any:
+    """The methods report as many of these as they have fields for."""
+    predicted, actual, length, on_residuals = rest
+    fields = (
+        *map(jnp.float32, (ratio, size)),
+        accepted,
+        iterations,
+        jnp.int32(stop),
+        *map(jnp.float32, (predicted, actual, length)),
+        jnp.asarray(on_residuals),
+    )
+    return info_type(*fields[: len(info_type._fields)])
+
+
+def _judged(
+    loss: Callable[[PyTree], jax.Array],
+    params: PyTree,
+    step: PyTree,
+    gradient: PyTree,
+    value: jax.Array,
+    predicted_decrease: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The decrease of the loss along a step, and its ratio to what was predicted."""
+    trial = optax.apply_updates(params, step)
+    trial_value = loss(trial)
+    noise = 10 * _rounding(gradient, params) + _rounding(jnp.ones_like(value), trial_value)
+    decrease = _decrease(loss, trial, step, value, jnp.asarray(trial_value, value.dtype), gradient)
+    return decrease, decrease_ratio(value, decrease, predicted_decrease, noise)
+
+
+def _best_length(
+    loss: Callable[[PyTree], jax.Array],
+    params: PyTree,
+    step: PyTree,
+    value: jax.Array,
+    decrease: jax.Array,
+    num_trials: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Halves a step's length, or else doubles it, as long as that lowers the loss; returns length and decrease."""
+
+    def value_at(length: jax.Array) -> jax.Array:
+        return loss(optax.apply_updates(params, optax.tree.cast_like(optax.tree.scale(length, step), params)))
+
+    value_at = with_canonical_convolutions(value_at, jnp.ones_like(value))
+
+    def decrease_at(length: jax.Array) -> jax.Array:
+        decrease = value - value_at(length).astype(value.dtype)
+        return jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
+
+    def further(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        length, decrease, factor, _, number = state
+        next_decrease = decrease_at(factor * length)
+        better = (next_decrease > decrease) | ~jnp.isfinite(decrease)
+        turned = ~better & (number == 0)  # no shorter, so perhaps longer
+        return (
+            jnp.where(better, factor * length, length),
+            jnp.where(better, next_decrease, decrease),
+            jnp.where(turned, 2.0, factor).astype(factor.dtype),
+            better | turned,
+            number + 1,
+        )
+
+    start = (jnp.ones_like(value), decrease, jnp.full_like(value, 0.5), jnp.ones((), bool), jnp.zeros((), jnp.int32))
+    length, decrease, *_ = jax.lax.while_loop(lambda state: state[3] & (state[4] < num_trials), further, start)
+    return length, decrease
+
+
 def _decrease(
     loss: Callable[[PyTree], jax.Array],
     trial: PyTree,
@@ -211,8 +298,16 @@ def _rounding(slopes: PyTree, numbers: PyTree) -> jax.Array | float:
 
 
 def _raise_if_indefinite(stop: jax.Array) -> None:
-    """Names a broken norm where values are known, outside of jit; inside, the step is rejected."""
-    if not isinstance(stop, Tracer) and stop == Stop.INDEFINITE_NORM:
+    """Names a broken norm or loss where values are known, outside of jit; inside, the step is rejected."""
+    if isinstance(stop, Tracer):
+        return
+    if stop == Stop.INDEFINITE_LOSS:
+        raise ValueError(
+            "The Hessian of Composite.loss_fn by the model's outputs is not positive semi-definite, or the loss mixes "
+            "examples, the entries along the outputs' first axis: write the loss as a convex function of the outputs, a "
+            "mean over examples, or choose solver=optcurv.conjugate_gradients(), which rejects such steps."
+        )
+    if stop == Stop.INDEFINITE_NORM:
         raise ValueError(
             "The norm is not positive definite: a product with M or its inverse gave a vector a negative squared norm. "
             "Raise its eps, or check its update."
