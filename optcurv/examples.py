@@ -22,8 +22,12 @@ class PerExample:
 
     def __call__(self, params: PyTree) -> Any:
         """Returns the outputs of the only part, or a tuple of those of each."""
-        outputs = tuple(jax.vmap(fn, (None, 0))(params, batch) for fn, batch in self.parts)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return self.over_parts(lambda fn, batch: jax.vmap(fn, (None, 0))(params, batch))
+
+    def over_parts(self, of_part: Callable[[Callable[[Any, Any], Any], PyTree], Any]) -> Any:
+        """Returns what a function makes of the only part, or a tuple of what it makes of each."""
+        results = [of_part(fn, batch) for fn, batch in self.parts]
+        return tuple(results) if len(results) > 1 else results[0]
 
     def of(self, params_from: Callable[[Any], PyTree]) -> "PerExample":
         """Returns the model as a function of what `params_from` makes the parameters of."""

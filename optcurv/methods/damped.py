@@ -122,7 +122,7 @@ def minimum_residual(max_iter: int = 100, tol: float = 1e-3) -> Solver:
         damped = lambda v: optax.tree.add_scale(matvec(v), damping, metric.apply(v))  # noqa: E731
         solution, info = minres(damped, gradient, max_iter, tol=tol)
         step = optax.tree.scale(-1.0, solution)
-        decrease = -optax.tree.vdot(step, optax.tree.add_scale(gradient, 0.5, matvec(step)))
+        decrease = -jnp.asarray(optax.tree.vdot(step, optax.tree.add_scale(gradient, 0.5, matvec(step))))
         converged = info.residual_norm <= tol * optax.tree.norm(gradient)
         stop = jnp.where(converged | (info.iterations < max_iter), Stop.CONVERGED, Stop.MAX_ITER)
         stop = jnp.where(info.negative_curvature, Stop.NEGATIVE_CURVATURE, stop)

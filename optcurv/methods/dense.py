@@ -3,11 +3,10 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jax.flatten_util import ravel_pytree
 
 from optcurv.arguments import PyTree, check_count, wide_dtype
@@ -116,8 +115,8 @@ def _on_parameters(product: GaussNewtonProduct, gradient: jax.Array, metric: _Fl
     def matrix_of(part: Composite) -> jax.Array:
         jacobian, factors = _jacobian(part, product.params, gradient)
         curved = jax.vmap(factors.loss_hessian, in_axes=-1, out_axes=-1)(jacobian)
-        over_outputs = lambda j, hj: _product(j.reshape(-1, gradient.size).T, hj.reshape(-1, gradient.size))  # noqa: E731
-        total = sum(jax.tree.leaves(jax.tree.map(over_outputs, jacobian, _wide(curved, gradient))))
+        products = jax.tree.map(_over_outputs, jacobian, _wide(curved, gradient))
+        total = functools.reduce(jnp.add, jax.tree.leaves(products))
         return jax.lax.psum(total, axes) if (axes := mesh_axes(total)) else total
 
     matrix = product.composite.mean_over_parts(matrix_of)
@@ -125,6 +124,11 @@ def _on_parameters(product: GaussNewtonProduct, gradient: jax.Array, metric: _Fl
     factor, damping, factorizations, definite = _factorized(matrix, norm_matrix, damping)
     step = -_solved(factor, gradient)
     return _Solution(step, _product(step, _product(matrix, step)), factorizations, damping, definite)
+
+
+def _over_outputs(left: jax.Array, right: jax.Array) -> jax.Array:
+    left, right = (array.reshape(-1, array.shape[-1]) for array in (left, right))
+    return jnp.matmul(left.T, right, precision="highest", out_sharding=_everywhere(left))
 
 
 def _on_residuals(product: GaussNewtonProduct, gradient: jax.Array, metric: _Flat, damping: jax.Array) -> _Solution:
@@ -179,7 +183,7 @@ def _solved(factor: jax.Array, vector: jax.Array) -> jax.Array:
 
 def _jacobian(part: Composite, params: PyTree, like: jax.Array) -> tuple[PyTree, GaussNewtonProduct]:
     """The Jacobian, like the outputs with a last axis of all parameters; and the product at hand."""
-    if axes := mesh_axes(jax.eval_shape(part.outputs_and_aux, params)[0]):
+    if axes := mesh_axes(jax.eval_shape(lambda params: part.outputs_and_aux(params)[0], params)):
         params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), params)
     factors = gauss_newton_product(part, params)
     flat_params, unravel = ravel_pytree(params)
@@ -197,19 +201,16 @@ def _jacobian(part: Composite, params: PyTree, like: jax.Array) -> tuple[PyTree,
 
 
 def _example_jacobians(model: PerExample, params: PyTree) -> PyTree:
+    def joined(output: jax.ShapeDtypeStruct, by_leaf: PyTree) -> jax.Array:
+        return jnp.concatenate([leaf.reshape(*output.shape, -1) for leaf in jax.tree.leaves(by_leaf)], axis=-1)
+
     def of_part(fn: Callable[[PyTree, PyTree], PyTree], batch: PyTree) -> PyTree:
         def of_example(example: PyTree) -> PyTree:
-            outputs = jax.eval_shape(fn, params, example)
-            by_leaf = jax.jacrev(fn)(params, example)
-            return jax.tree.map(_joined_last, outputs, by_leaf)
+            return jax.tree.map(joined, jax.eval_shape(fn, params, example), jax.jacrev(fn)(params, example))
 
         return _in_blocks(of_example, batch)
 
-    def _joined_last(output: jax.ShapeDtypeStruct, by_leaf: PyTree) -> jax.Array:
-        return jnp.concatenate([leaf.reshape(*output.shape, -1) for leaf in jax.tree.leaves(by_leaf)], axis=-1)
-
-    jacobians = tuple(of_part(*part) for part in model.parts)
-    return jacobians if len(jacobians) > 1 else jacobians[0]
+    return model.over_parts(of_part)
 
 
 def _check_memory(num_outputs: int, num_params: int) -> None:
@@ -240,8 +241,8 @@ def _in_blocks(fn: Callable[[PyTree], PyTree], arguments: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:number], results)
 
 
-def _numbers_computed(jaxpr: core.ClosedJaxpr) -> int:
-    return 1 + sum(math.prod(getattr(v.aval, "shape", ())) for eqn in jaxpr.jaxpr.eqns for v in eqn.outvars)
+def _numbers_computed(jaxpr: Any) -> int:
+    return 1 + sum(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
 
 
 def _times_root(factors: GaussNewtonProduct, jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -296,9 +297,17 @@ def _blocks(factors: GaussNewtonProduct, members: list[int], length: int) -> jax
 
 
 def _gathered(rows: jax.Array) -> jax.Array:
-    """The rows of all devices of a `shard_map`, one after the other."""
+    """The rows of all devices, one after the other."""
+    if everywhere := _everywhere(rows):
+        return jax.sharding.reshard(rows, everywhere)
     axes = mesh_axes(rows)
     if not axes:
         return rows
     alone = jnp.zeros((num_devices(rows), *rows.shape), rows.dtype).at[jax.lax.axis_index(axes)].set(rows)
     return jax.lax.psum(alone, axes).reshape(-1, rows.shape[-1])
+
+
+def _everywhere(matrix: jax.Array) -> jax.NamedSharding | None:
+    """Where a matrix belongs that is made of one that is explicitly sharded; None if it is not."""
+    sharding = jax.typeof(matrix).sharding
+    return jax.NamedSharding(sharding.mesh, jax.P(None, None)) if any(sharding.spec) else None

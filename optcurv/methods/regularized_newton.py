@@ -76,7 +76,7 @@ def check_order(name: str, value: Any, upper_name: str, upper: Any) -> None:
 
 def regularized_newton(
     method: str,
-    info_type: Callable[..., Any],
+    info_type: Any,
     norm: Norm,
     solver: Solver,
     curvature: ProductFn,
@@ -161,7 +161,9 @@ def regularized_newton(
             size=jnp.where(usable, size, state.size),
             norm=optax.tree.where(usable, norm_state, state.norm),
             watch=watch,
-            previous=() if momentum is None else optax.tree.where(usable, at_least_float32(step), state.previous),
+            previous=optax.tree.where(usable, optax.tree.cast_like(step, state.previous), state.previous)
+            if momentum is not None
+            else (),
             key=state.key,
             info=info,
         )
@@ -199,9 +201,7 @@ def decrease_ratio(
     return jnp.where((predicted >= 0) & ~jnp.isnan(ratio) & jnp.isfinite(decrease), ratio, -jnp.inf)
 
 
-def _info(
-    info_type: Callable[..., Any], ratio: Any, size: Any, accepted: Any, iterations: Any, stop: Any, *rest: Any
-) -> Any:
+def _info(info_type: Any, ratio: Any, size: Any, accepted: Any, iterations: Any, stop: Any, *rest: Any) -> Any:
     """The methods report as many of these as they have fields for."""
     predicted, actual, length, on_residuals = rest
     fields = (
@@ -244,10 +244,10 @@ def _best_length(
     def value_at(length: jax.Array) -> jax.Array:
         return loss(optax.apply_updates(params, optax.tree.cast_like(optax.tree.scale(length, step), params)))
 
-    value_at = with_canonical_convolutions(value_at, jnp.ones_like(value))
+    fast_value_at = with_canonical_convolutions(value_at, jnp.ones_like(value))
 
     def decrease_at(length: jax.Array) -> jax.Array:
-        decrease = value - value_at(length).astype(value.dtype)
+        decrease = value - fast_value_at(length).astype(value.dtype)
         return jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
 
     def further(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -304,8 +304,8 @@ def _raise_if_indefinite(stop: jax.Array) -> None:
     if stop == Stop.INDEFINITE_LOSS:
         raise ValueError(
             "The Hessian of Composite.loss_fn by the model's outputs is not positive semi-definite, or the loss mixes "
-            "examples, the entries along the outputs' first axis: write the loss as a convex function of the outputs, a "
-            "mean over examples, or choose solver=optcurv.conjugate_gradients(), which rejects such steps."
+            "examples (entries along the outputs' first axis): write loss_fn as a mean over examples of a convex "
+            "function of their outputs, or choose solver=optcurv.conjugate_gradients()."
         )
     if stop == Stop.INDEFINITE_NORM:
         raise ValueError(
