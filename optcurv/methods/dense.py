@@ -128,7 +128,7 @@ def _on_parameters(product: GaussNewtonProduct, gradient: jax.Array, metric: _Fl
 
 def _over_outputs(left: jax.Array, right: jax.Array) -> jax.Array:
     left, right = (array.reshape(-1, array.shape[-1]) for array in (left, right))
-    return jnp.matmul(left.T, right, precision="highest", out_sharding=_everywhere(left))
+    return _product(_whole(left).T, _whole(right))
 
 
 def _on_residuals(product: GaussNewtonProduct, gradient: jax.Array, metric: _Flat, damping: jax.Array) -> _Solution:
@@ -136,7 +136,7 @@ def _on_residuals(product: GaussNewtonProduct, gradient: jax.Array, metric: _Fla
         jacobian, factors = _jacobian(part, product.params, gradient)
         return _times_root(factors, jacobian)
 
-    rows, definite = product.composite.stack_over_parts(rows_of)
+    rows, failed = product.composite.stack_over_parts(rows_of)
     rows = _gathered(rows.reshape(-1, gradient.size) / math.sqrt(len(rows)))
     scaled = jax.vmap(metric.inverse)(rows)
     matrix = _product(rows, scaled.T)
@@ -151,7 +151,7 @@ def _on_residuals(product: GaussNewtonProduct, gradient: jax.Array, metric: _Fla
     damped = damping * metric.apply(step) + _product(_product(rows, step), rows)
     step = step - inverse(gradient + damped)
     image = _product(rows, step)
-    return _Solution(step, _product(image, image), factorizations, damping, jnp.all(definite))
+    return _Solution(step, _product(image, image), factorizations, damping, ~_anywhere(jnp.any(failed)))
 
 
 def _factorized(
@@ -228,14 +228,12 @@ def _wide(tree: PyTree, like: jax.Array) -> PyTree:
 def _in_blocks(fn: Callable[[PyTree], PyTree], arguments: PyTree) -> PyTree:
     """A function of each of the arguments, of as many at once as memory allows."""
     number = len(jax.tree.leaves(arguments)[0])
-    one = jax.tree.map(lambda leaf: leaf[0], arguments)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arguments)
     size = max(1, min(number, _BLOCK // _numbers_computed(jax.make_jaxpr(fn)(one))))
     if size == number:
         return jax.vmap(fn)(arguments)
-    num_blocks = -(-number // size)
-    blocks = jax.tree.map(
-        lambda leaf: leaf[jnp.arange(num_blocks * size).reshape(num_blocks, size) % number], arguments
-    )
+    indices = jnp.arange(-(-number // size) * size).reshape(-1, size) % number
+    blocks = jax.tree.map(lambda leaf: _whole(leaf)[indices], arguments)
     of_block = with_canonical_convolutions(jax.vmap(fn), jax.tree.map(lambda leaf: leaf[0], blocks))
     results = jax.lax.map(of_block, blocks)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:number], results)
@@ -246,13 +244,13 @@ def _numbers_computed(jaxpr: Any) -> int:
 
 
 def _times_root(factors: GaussNewtonProduct, jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
-    """The rows of RJ, and whether H is positive semi-definite with a block for each example."""
-    leaves, structure = jax.tree.flatten(factors.outputs)
-    jacobian_leaves = jax.tree.leaves(jacobian)
+    """The rows of RJ, and whether H is not positive semi-definite with a block for each example."""
+    leaves = jax.tree.leaves(factors.outputs)
+    jacobian_leaves = list(map(_whole, jax.tree.leaves(jacobian)))
     lengths = [jnp.shape(leaf)[0] if jnp.ndim(leaf) else 1 for leaf in leaves]
     probe = [jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype) ** 2).reshape(leaf.shape) for leaf in leaves]
-    image = jax.tree.leaves(factors.loss_hessian(jax.tree.unflatten(structure, probe)))
-    rows, fits = [], []
+    image = _curved(factors, probe)
+    rows, failures = [], []
     for length in sorted(set(lengths)):
         members = [i for i, n in enumerate(lengths) if n == length]
         arranged = lambda several, length=length, members=members: jnp.concatenate(  # noqa: E731
@@ -263,16 +261,23 @@ def _times_root(factors: GaussNewtonProduct, jacobian: PyTree) -> tuple[jax.Arra
         largest = jnp.max(jnp.abs(eigenvalues))
         difference = arranged(image) - jnp.einsum("nij,nj->ni", blocks, arranged(probe), precision="highest")
         epsilon = jnp.finfo(blocks.dtype).eps
-        fits += [
-            jnp.all(eigenvalues >= -1e3 * epsilon * largest),
-            jnp.all(jnp.abs(difference) <= 1e3 * epsilon * largest * blocks.shape[1]),
+        failures += [
+            jnp.any(eigenvalues < -1e3 * epsilon * largest),
+            jnp.any(jnp.abs(difference) > 1e3 * epsilon * largest * blocks.shape[1]),
         ]
         part = jnp.concatenate(
             [jacobian_leaves[i].reshape(length, -1, jacobian_leaves[i].shape[-1]) for i in members], 1
         )
         roots = jnp.sqrt(jnp.maximum(eigenvalues, 0))[..., None] * jnp.swapaxes(eigenvectors, -1, -2)
         rows.append(_product(roots, part).reshape(-1, part.shape[-1]))
-    return jnp.concatenate(rows), jnp.all(jnp.stack(fits))
+    return jnp.concatenate(rows), jnp.any(jnp.stack(failures))
+
+
+def _curved(factors: GaussNewtonProduct, vectors: list[jax.Array]) -> list[jax.Array]:
+    """H times a vector, given and returned as leaves."""
+    leaves, structure = jax.tree.flatten(factors.outputs)
+    placed = jax.tree.unflatten(structure, map(_placed_like, vectors, leaves))
+    return list(map(_whole, jax.tree.leaves(factors.loss_hessian(placed))))
 
 
 def _eigh(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -283,23 +288,21 @@ def _eigh(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _blocks(factors: GaussNewtonProduct, members: list[int], length: int) -> jax.Array:
     """The Hessian of the loss by each example's outputs, from as many products as an example has outputs."""
-    leaves, structure = jax.tree.flatten(factors.outputs)
+    leaves = jax.tree.leaves(factors.outputs)
     widths = [leaves[i].size // length for i in members]
 
     def column(unit: jax.Array) -> jax.Array:
-        vectors = [jnp.zeros_like(leaf) for leaf in leaves]
+        vectors = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
         for i, part in zip(members, jnp.split(unit, [sum(widths[:n]) for n in range(1, len(widths))]), strict=True):
             vectors[i] = jnp.broadcast_to(part.astype(leaves[i].dtype), (length, part.size)).reshape(leaves[i].shape)
-        image = jax.tree.leaves(factors.loss_hessian(jax.tree.unflatten(structure, vectors)))
+        image = _curved(factors, vectors)
         return jnp.concatenate([image[i].reshape(length, -1) for i in members], axis=1)
 
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(widths), dtype=wide_dtype(leaves)))
 
 
 def _gathered(rows: jax.Array) -> jax.Array:
-    """The rows of all devices, one after the other."""
-    if everywhere := _everywhere(rows):
-        return jax.sharding.reshard(rows, everywhere)
+    """The rows of all devices of a `shard_map`, one after the other."""
     axes = mesh_axes(rows)
     if not axes:
         return rows
@@ -307,7 +310,22 @@ def _gathered(rows: jax.Array) -> jax.Array:
     return jax.lax.psum(alone, axes).reshape(-1, rows.shape[-1])
 
 
-def _everywhere(matrix: jax.Array) -> jax.NamedSharding | None:
-    """Where a matrix belongs that is made of one that is explicitly sharded; None if it is not."""
-    sharding = jax.typeof(matrix).sharding
-    return jax.NamedSharding(sharding.mesh, jax.P(None, None)) if any(sharding.spec) else None
+def _anywhere(failed: jax.Array) -> jax.Array:
+    """Whether something is true on any device of a `shard_map`."""
+    axes = mesh_axes(failed)
+    return jax.lax.psum(failed.astype(jnp.int32), axes) > 0 if axes else failed
+
+
+def _placed_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Splits an array among devices as another is, inside of a `shard_map` or with explicit sharding."""
+    if axes := mesh_axes(like):
+        return jax.lax.pcast(array, axes, to="varying")
+    sharding = jax.typeof(like).sharding
+    return jax.sharding.reshard(array, sharding) if any(sharding.spec) else array
+
+
+def _whole(array: jax.Array) -> jax.Array:
+    """The array on all devices where it is split with explicit sharding, which leaves products no choice."""
+    sharding = jax.typeof(array).sharding
+    everywhere = jax.NamedSharding(sharding.mesh, jax.P(*[None] * array.ndim))
+    return jax.sharding.reshard(array, everywhere) if any(sharding.spec) else array

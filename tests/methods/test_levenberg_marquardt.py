@@ -352,32 +352,33 @@ def test_fits_a_network_exactly(dtype, size):
     assert loss(params) < (1e-10 if dtype == jnp.float32 else 1e-25)
 
 
-@pytest.mark.parametrize("size", [FEW, MANY])
-def test_sharded_batches_and_shard_map_take_the_same_path(size):
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("size", [4, MANY])
+def test_sharded_batches_and_shard_map_take_the_same_path(size, axis_type):
     """On either side: the devices' own rows come together."""
-    size = 4 if size == FEW else MANY
-    batch, params, mesh = problems.blobs(size=size, dtype=jnp.float64), make_params(), jax.make_mesh((4,), ("data",))
-    optimizer = optcurv.levenberg_marquardt()
-    state = optimizer.init(params)
-    expected, _ = jax.jit(make_step(optimizer, per_example_cross_entropy))(params, state, batch)
+    batch, params, optimizer = (
+        problems.blobs(size=size, dtype=jnp.float64),
+        make_params(),
+        optcurv.levenberg_marquardt(),
+    )
+    expected, _ = jax.jit(make_step(optimizer, cross_entropy))(params, optimizer.init(params), batch)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    state = jax.device_put(optimizer.init(params), jax.NamedSharding(mesh, jax.P()))
     split = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+
     for loss_of_batch in (cross_entropy, per_example_cross_entropy):
-        actual, _ = jax.jit(make_step(optimizer, loss_of_batch))(params, state, split)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), actual, expected)
 
         def mean_over_mesh(batch, loss_of_batch=loss_of_batch):
             loss = loss_of_batch(batch)
             return optcurv.Composite(loss.model_fn, lambda outputs: jax.lax.pmean(loss.loss_fn(outputs), "data"))
 
-        mapped = jax.shard_map(
-            make_step(optimizer, mean_over_mesh),
-            mesh=mesh,
-            in_specs=(jax.P(), jax.P(), jax.P("data")),
-            out_specs=jax.P(),
-        )
-        actual, new = jax.jit(mapped)(params, state, batch)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), actual, expected)
-        assert new.info.on_residuals == (size == 4)
+        specs = {"in_specs": (jax.P(), jax.P(), jax.P("data")), "out_specs": jax.P()}
+        mapped = jax.shard_map(make_step(optimizer, mean_over_mesh), mesh=mesh, **specs)
+        for step in (make_step(optimizer, loss_of_batch), mapped):
+            actual, new = jax.jit(step)(params, state, split)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), actual, expected)
+            assert new.info.on_residuals == (size == 4)
 
 
 # Bad input.
