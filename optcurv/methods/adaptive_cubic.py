@@ -13,7 +13,7 @@ from optcurv.arguments import (
 )
 from optcurv.curvature import ProductFn, hessian_product
 from optcurv.methods.norms import Norm, rmsprop_norm
-from optcurv.methods.regularized_newton import check_order, check_regularization, regularized_newton
+from optcurv.methods.regularized_newton import RegularizedNewton, check_order, check_regularization
 from optcurv.methods.subproblems import cubic_lanczos
 
 
@@ -107,6 +107,6 @@ def adaptive_cubic(
         return jnp.where(accepted, kept, grown)
 
     solver = cubic_lanczos(max_iter)
-    return regularized_newton(
+    return RegularizedNewton(
         "adaptive_cubic", AdaptiveCubicInfo, norm, solver, curvature, initial_weight, accept_ratio, resize, seed
-    )
+    ).transformation()

@@ -21,6 +21,7 @@ class Stop(enum.IntEnum):
     Attributes:
       NOT_FINITE: the gradient or a product was not finite.
       INDEFINITE_NORM: some vector had a negative squared norm.
+      INDEFINITE_LOSS: the Hessian of `loss_fn` by the model's outputs is not positive semi-definite.
       CONVERGED: inside the region, within the tolerance.
       BOUNDARY: the step ends on the region's boundary.
       NEGATIVE_CURVATURE: likewise, along a direction of negative (or no) curvature.
@@ -35,10 +36,11 @@ class Stop(enum.IntEnum):
 
     NOT_FINITE = 0
     INDEFINITE_NORM = 1
-    CONVERGED = 2
-    BOUNDARY = 3
-    NEGATIVE_CURVATURE = 4
-    MAX_ITER = 5
+    INDEFINITE_LOSS = 2
+    CONVERGED = 3
+    BOUNDARY = 4
+    NEGATIVE_CURVATURE = 5
+    MAX_ITER = 6
 
 
 class ModelStep(NamedTuple):
@@ -47,18 +49,23 @@ class ModelStep(NamedTuple):
     Attributes:
       step: s, of the gradient's structure and dtype.
       predicted_decrease: :math:`m(0) - m(s)`.
-      iterations: curvature products taken.
+      iterations: curvature products taken, or matrices factorised.
       stop: a `Stop`.
+      size: the damping that the step was found with, where the solver had to raise it; None if it is as asked for.
+      on_residuals: whether the equations solved were as many as the residuals, rather than the parameters.
     """
 
     step: PyTree
     predicted_decrease: jax.Array
     iterations: jax.Array
     stop: jax.Array
+    size: jax.Array | None = None
+    on_residuals: bool = False
 
 
 Solver: TypeAlias = Callable[[MatVec, PyTree, Metric, jax.Array, jax.Array], ModelStep]
-"""Maps the product with B, the gradient, the metric, the radius (or cubic weight) and a random key to a step."""
+"""Maps the product with B, the gradient, the metric, the size (radius, cubic weight or damping) and a random key to a
+step."""
 
 
 def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:

@@ -13,7 +13,7 @@ from optcurv.arguments import (
 )
 from optcurv.curvature import ProductFn, hessian_product
 from optcurv.methods.norms import Norm, rmsprop_norm
-from optcurv.methods.regularized_newton import check_order, check_regularization, regularized_newton
+from optcurv.methods.regularized_newton import RegularizedNewton, check_order, check_regularization
 from optcurv.methods.subproblems import Solver, steihaug
 
 
@@ -134,6 +134,6 @@ def trust_region(
         shrunk = jnp.maximum(radius / scheduled(shrinkage, count), scheduled(min_radius, count))
         return jnp.where(accepted, kept, shrunk)
 
-    return regularized_newton(
+    return RegularizedNewton(
         "trust_region", TrustRegionInfo, norm, solver, curvature, initial_radius, accept_ratio, resize, seed
-    )
+    ).transformation()
