@@ -1,6 +1,5 @@
 """Levenberg-Marquardt: Gauss-Newton's model with a damping that follows the ratio of decreases."""
 
-import numbers
 from typing import NamedTuple
 
 import chex
@@ -166,6 +165,6 @@ def levenberg_marquardt(
         accept_ratio,
         resize,
         seed,
-        momentum=None if isinstance(momentum, numbers.Real) and momentum == 0 else momentum,
+        momentum=None if isinstance(momentum, int | float) and momentum == 0 else momentum,
         length_trials=length_trials,
     ).transformation()
