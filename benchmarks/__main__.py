@@ -4,8 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import adaptive_norms, compare, cost, loss_surfaces, precision, scale, tso_alra
-from benchmarks.data import DataError
+from benchmarks.adaptive_norms import main as adaptive_norms
+from benchmarks.comparison import main as compare
+from benchmarks.core.data import DataError
+from benchmarks.loss_surfaces import main as loss_surfaces
+from benchmarks.performance import cost, precision, scale
+from benchmarks.tso_alra import main as tso_alra
 
 COMMANDS = {
     "compare": compare,

@@ -11,14 +11,16 @@ import optax
 import pytest
 
 import optcurv
-from benchmarks import data, hessian_mass, plots, quadratics, training, trust_regions
 from benchmarks.__main__ import main
-from benchmarks.claims import Verdict, is_less, mean_interval
-from benchmarks.compare import Result
-from benchmarks.kept import Kept
-from benchmarks.methods import GRADIENT_DESCENT
-from benchmarks.models import Autoencoder, Batch, Mlp, Task, classification_loss, reconstruction_loss
-from benchmarks.progress import progress_of, reconstruction_bounds
+from benchmarks.adaptive_norms import figures as plots
+from benchmarks.adaptive_norms import hessian_mass, quadratics, trust_regions
+from benchmarks.adaptive_norms.progress import progress_of, reconstruction_bounds
+from benchmarks.core import data, training
+from benchmarks.core.claims import Verdict, is_less, mean_interval
+from benchmarks.core.kept import Kept
+from benchmarks.core.methods import GRADIENT_DESCENT
+from benchmarks.core.models import Autoencoder, Batch, Mlp, Task, classification_loss, reconstruction_loss
+from benchmarks.core.tuning import Result
 
 PNG = b"\x89PNG"
 HOLDS, FAILS, UNDECIDED = Verdict

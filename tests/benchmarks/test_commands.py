@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compare, cost, data, loops, memory, methods, precision, training
 from benchmarks.__main__ import main
-from benchmarks.models import Mlp, Task, classification_loss
+from benchmarks.comparison import main as compare
+from benchmarks.core import data, methods, training
+from benchmarks.core.models import Mlp, Task, classification_loss
+from benchmarks.performance import cost, loops, memory, precision
 
 PNG = b"\x89PNG"
 

@@ -15,23 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import (
-    adaptive_norms,
-    compare,
-    cost,
-    data,
-    hessian_mass,
-    kept,
-    memory,
-    peer,
-    refresh,
-    tso_alra,
-    two_stages,
-)
 from benchmarks.__main__ import main
-from benchmarks.kept import Kept
-from benchmarks.training import Run, Trainer
-from benchmarks.trust_regions import BudgetTrainer
+from benchmarks.adaptive_norms import hessian_mass
+from benchmarks.adaptive_norms import main as adaptive_norms
+from benchmarks.adaptive_norms.trust_regions import BudgetTrainer
+from benchmarks.comparison import main as compare
+from benchmarks.core import data, kept
+from benchmarks.core.kept import Kept
+from benchmarks.core.training import Run, Trainer
+from benchmarks.performance import cost, memory
+from benchmarks.tso_alra import main as tso_alra
+from benchmarks.tso_alra import peer, refresh, two_stages
 from tests.benchmarks.test_two_stages import images
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -218,7 +212,8 @@ def test_a_killed_job_goes_on(job, tmp_path, monkeypatch):
 # Two methods; the others would take long to compile.
 PROGRAM = """
 import sys
-from benchmarks import __main__, compare
+from benchmarks import __main__
+from benchmarks.comparison import main as compare
 compare.METHODS = compare.METHODS[:2]
 sys.exit(__main__.main(sys.argv[1:]))
 """

@@ -12,17 +12,15 @@ import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import loss_surfaces
-from benchmarks import surface_experiments as experiments
-from benchmarks import surface_networks as networks
-from benchmarks import surface_verdicts as verdicts
 from benchmarks.__main__ import main
-from benchmarks.claims import Verdict
-from benchmarks.data import DataError
-from benchmarks.models import Batch, classification_loss
-from benchmarks.surface_experiments import Between, Curves, Minima
-from benchmarks.surface_networks import Initialisation, Problem
-from benchmarks.surface_training import Plan, Stage, Store, Trained, Trainer
+from benchmarks.core.claims import Verdict
+from benchmarks.core.data import DataError
+from benchmarks.core.models import Batch, classification_loss
+from benchmarks.loss_surfaces import experiments, networks, verdicts
+from benchmarks.loss_surfaces import main as loss_surfaces
+from benchmarks.loss_surfaces.experiments import Between, Curves, Minima
+from benchmarks.loss_surfaces.networks import Initialisation, Problem
+from benchmarks.loss_surfaces.training import Plan, Stage, Store, Trained, Trainer
 from tests.benchmarks.test_commands import idx_bytes
 from tests.benchmarks.test_two_stages import images
 

@@ -9,11 +9,11 @@ import optax
 import pytest
 
 import optcurv
-from benchmarks import scale, scale_report, scale_steps
 from benchmarks.__main__ import main
-from benchmarks.programs import Traffic, read_cost
-from benchmarks.scale_steps import GRADIENT_STEP, TSO_ALRA, Placement, Setup, average_cost, edf
-from benchmarks.scaling_model import Machine, Work, make_work
+from benchmarks.performance import scale, scale_report, scale_steps
+from benchmarks.performance.programs import Traffic, read_cost
+from benchmarks.performance.scale_steps import GRADIENT_STEP, TSO_ALRA, Placement, Setup, average_cost, edf
+from benchmarks.performance.scaling_model import Machine, Work, make_work
 from tests.test_sharding import auto_mesh
 
 MACHINE = Machine(flops_rate=1e12, bandwidth=1e9, latency=1e-6)

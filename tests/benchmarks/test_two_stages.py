@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import optcurv
-from benchmarks import peer, refresh, two_stages
 from benchmarks.__main__ import main
-from benchmarks.claims import Verdict
-from benchmarks.data import Dataset
-from benchmarks.kept import Kept
-from benchmarks.models import Batch, Mlp, classification_loss
+from benchmarks.core.claims import Verdict
+from benchmarks.core.data import Dataset
+from benchmarks.core.kept import Kept
+from benchmarks.core.models import Batch, Mlp, classification_loss
+from benchmarks.tso_alra import peer, refresh, two_stages
 from tests.benchmarks.test_commands import idx_bytes
 
 
