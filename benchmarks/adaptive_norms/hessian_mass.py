@@ -1,6 +1,5 @@
 """Figure 2: how much of a network's Hessian lies on its diagonal, beside what chance gives."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import optcurv
 from benchmarks.adaptive_norms.progress import progress_of
-from benchmarks.core.claims import Claim, Interval, Verdict, mean_interval, plus_minus
+from benchmarks.core.cache import Cache
 from benchmarks.core.data import Dataset
-from benchmarks.core.kept import Kept
 from benchmarks.core.methods import Method
-from benchmarks.core.models import Autoencoder, Batch, Cnn, Mlp, Task, classification_loss, reconstruction_loss
-from benchmarks.core.training import CompiledStep, Problem, compile_step, init_state
+from benchmarks.core.models import Autoencoder, Batch, Cnn, Mlp, classification_loss, reconstruction_loss
+from benchmarks.core.report import table
+from benchmarks.core.statistics import Claim, Interval, Verdict, mean_interval, plus_minus
+from benchmarks.core.task import Task
+from benchmarks.core.train import Trainer, after_steps
 
 HESSIAN_BATCH = 32
 STAGES: tuple[str, ...] = ("random inputs", "initialisation", "midway", "trained")
@@ -25,22 +25,21 @@ TRAINED = {True: 0.9, False: 0.5}
 """Progress at which training stops: 90 % accuracy; for an autoencoder, half of what it can explain."""
 
 _EVERY = 10  # steps between two looks at the progress
-_RMSPROP = Method("RMSProp", optax.rmsprop, "learning rate", (0.003,), 1)
+_RMSPROP = Method("RMSProp", optax.rmsprop, {"learning rate": (0.003,)})
 _BATCH_SIZE = 128
 
-# Small enough that every column of the Hessian can be taken.
-NETWORKS = {
-    "digits": {
-        "MLP": Task(Mlp(hidden=(32, 16)), classification_loss, has_accuracy=True),
-        "CNN": Task(Cnn(channels=(4, 8), hidden=32), classification_loss, has_accuracy=True),
-        "autoencoder": Task(Autoencoder(hidden=(24,), code=8), reconstruction_loss, has_accuracy=False),
-    },
-    "fashion-mnist": {
-        "MLP": Task(Mlp(hidden=(16, 16)), classification_loss, has_accuracy=True),
-        "CNN": Task(Cnn(stride=2, hidden=32), classification_loss, has_accuracy=True),
-        "autoencoder": Task(Autoencoder(hidden=(8,), code=8), reconstruction_loss, has_accuracy=False),
-    },
-}
+
+def networks(dataset: Dataset) -> dict[str, Task]:
+    """Returns networks small enough that every column of the Hessian can be taken; smaller on larger images."""
+    small = dataset.train.images.shape[1] > 16
+    mlp = Mlp(hidden=(16, 16) if small else (32, 16))
+    cnn = Cnn(stride=2, hidden=32) if small else Cnn(channels=(4, 8), hidden=32)
+    autoencoder = Autoencoder(hidden=(8,) if small else (24,), code=8)
+    return {
+        "MLP": Task(mlp, classification_loss, dataset, _BATCH_SIZE),
+        "CNN": Task(cnn, classification_loss, dataset, _BATCH_SIZE),
+        "autoencoder": Task(autoencoder, reconstruction_loss, dataset, _BATCH_SIZE, metrics={}),
+    }
 
 
 class Measured(NamedTuple):
@@ -81,43 +80,42 @@ class Checkpoints(NamedTuple):
     steps: int
 
 
-def train(problem: Problem, step: CompiledStep, seed: int) -> Checkpoints:
-    """Trains with RMSProp, as the paper does, until `TRAINED` or until the budget is spent."""
-    progress_at = progress_of(problem)
-    state = init_state(problem.task, _RMSPROP, jax.random.key(seed), problem.data.train)
-    order = problem.batch_indices(seed, problem.num_steps(_RMSPROP))
-    history, done, progress = [state[0]], 0, 0.0
-    while progress < TRAINED[problem.task.has_accuracy] and done < len(order):
-        for indices in order[done : done + _EVERY]:
-            state, _ = step(state, problem.data.train, indices, _RMSPROP.grid[0])
-        done = min(done + _EVERY, len(order))
-        history.append(state[0])
-        progress = progress_at(problem.evaluate(state[0]))
-    return Checkpoints(history[0], history[len(history) // 2], history[-1], progress, done)
+def train(trainer: Trainer, seed: int, max_steps: int) -> Checkpoints:
+    """Trains with RMSProp, as the paper does, until `TRAINED` or for so many steps."""
+    task, history, progress, steps = trainer.task, [], 0.0, 0
+    progress_at, goal = progress_of(task), TRAINED["accuracy" in task.metrics]
+    stops = after_steps([*range(0, max_steps, _EVERY), max_steps])
+    for entry, params in trainer.follow(_RMSPROP.first_setting, seed, stops):
+        history.append(params)
+        steps = int(entry["steps"])
+        progress = progress_at(task.evaluate(params)) if len(history) > 1 else 0.0
+        if progress >= goal:
+            break
+    return Checkpoints(history[0], history[len(history) // 2], history[-1], progress, steps)
 
 
-def measure(
-    dataset: Dataset, task: Task, num_runs: int, max_steps: int, kept: Kept, report: Callable[[], None]
-) -> Measured:
+def one_run(trainer: Trainer, mass: Callable[[optax.Params, Batch], jax.Array], seed: int, max_steps: int) -> dict:
+    """Trains, and measures at every stage."""
+    run = train(trainer, seed, max_steps)
+    real, noise = hessian_batches(trainer.task.data.train, seed)
+    points = ((run.initial, noise), (run.initial, real), (run.midway, real), (run.trained, real))
+    dimension = sum(leaf.size for leaf in jax.tree.leaves(run.initial))
+    masses = [float(mass(params, batch)) for params, batch in points]
+    return {"dimension": dimension, "masses": masses, "progress": run.progress, "steps": run.steps}
+
+
+def measure(task: Task, num_runs: int, max_steps: int, cache: Cache, report: Callable[[], None]) -> Measured:
     """Measures a network at every stage of so many runs; calls `report()` after each."""
-    problem = Problem(task, dataset, _BATCH_SIZE, max_steps)
-    step = compile_step(task, _RMSPROP)
+    trainer = Trainer(task, _RMSPROP)
 
     @jax.jit
     def mass(params: optax.Params, batch: Batch) -> jax.Array:
         return optcurv.diagonal_mass(optcurv.hessian_product(task.loss(batch), params), params).mass
 
-    def one_run(seed: int) -> dict[str, Any]:
-        run = train(problem, step, seed)
-        real, noise = hessian_batches(dataset.train, seed)
-        points = ((run.initial, noise), (run.initial, real), (run.midway, real), (run.trained, real))
-        masses = [float(mass(params, batch)) for params, batch in points]
-        dimension = sum(leaf.size for leaf in jax.tree.leaves(run.initial))
-        return {"dimension": dimension, "masses": masses, "progress": run.progress, "steps": run.steps}
-
     runs = []
     for seed in range(num_runs):
-        runs.append(kept.get("diagonal-mass", problem.key(_RMSPROP, seed=seed), functools.partial(one_run, seed)))
+        key = task.description | {"max_steps": max_steps, "seed": seed}
+        runs.append(cache.get(key, one_run, trainer, mass, seed, max_steps))
         report()
     by_stage = {stage: [run["masses"][i] for run in runs] for i, stage in enumerate(STAGES)}
     progress, steps = ([run[name] for run in runs] for name in ("progress", "steps"))
@@ -149,29 +147,29 @@ def judge(measured: Mapping[str, Measured]) -> list[Claim]:
     return claims
 
 
-def results_table(measured: Mapping[str, Measured]) -> Table:
+def summarise(measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Returns the claims, and what the table and the picture show."""
+    claims = [claim._asdict() for claim in judge(measured)]
+    return {"claims": claims, "networks": {name: one._asdict() for name, one in measured.items()}}
+
+
+def results_table(content: Mapping[str, Any]) -> str:
     """Lays out the masses of every stage beside the baselines."""
+    measured = {name: Measured(**one) for name, one in content["networks"].items()}
+    rows = [
+        {
+            "network": name,
+            "parameters": str(one.dimension),
+            **{stage: plus_minus(mean_interval(1000 * np.array(one.masses[stage]))) for stage in STAGES},
+            **{baseline: f"{1000 * mass:.3g}" for baseline, mass in one.baselines.items()},
+            "steps": f"{np.mean(one.steps):.0f}",
+            "progress": f"{np.mean(one.progress):.2f}",
+        }
+        for name, one in measured.items()
+    ]
     num_runs = max(len(one.steps) for one in measured.values())
-    table = Table(
-        title="Figure 2: diagonal mass of Hessians, in thousandths",
-        caption=f"Mean over {num_runs} runs with its 95 % interval; Hessians of the loss on {HESSIAN_BATCH} images.\n"
-        "Trained: at 90 % training accuracy; an autoencoder at half of what it can explain beyond the mean image.",
+    caption = (
+        f"Diagonal mass in thousandths, mean over {num_runs} runs with its 95 % interval; Hessians of the loss on "
     )
-    table.add_column("network")
-    for column in ("parameters", *STAGES, "Wigner", "least squares", "steps", "progress"):
-        table.add_column(column, justify="right")
-    for name, one in measured.items():
-        table.add_row(
-            name,
-            str(one.dimension),
-            *(plus_minus(mean_interval(1000 * np.array(one.masses[stage]))) for stage in STAGES),
-            *(f"{1000 * mass:.3g}" for mass in one.baselines.values()),
-            f"{np.mean(one.steps):.0f}",
-            f"{np.mean(one.progress):.2f}",
-        )
-    return table
-
-
-def as_json(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Returns every run's figures, and the baselines."""
-    return {name: one._asdict() | {"baselines": one.baselines} for name, one in measured.items()}
+    caption += f"{HESSIAN_BATCH} images. Trained: at {TRAINED[True]:.0%} training accuracy; an autoencoder at "
+    return table(rows, caption + f"{TRAINED[False]:.0%} of what it can explain beyond the mean image.")

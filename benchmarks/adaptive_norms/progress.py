@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from benchmarks.core.models import Batch
-from benchmarks.core.training import SAMPLE, Problem
+from benchmarks.core.task import SAMPLE, Task
 
 
-def progress_of(problem: Problem) -> Callable[[Mapping[str, float]], float]:
-    """Returns a function of what `problem.evaluate` measured: training accuracy, or share explained."""
-    if problem.task.has_accuracy:
+def progress_of(task: Task) -> Callable[[Mapping[str, float]], float]:
+    """Returns a function of what `Task.evaluate` measured: training accuracy, or share explained."""
+    if "accuracy" in task.metrics:
         return lambda figures: figures["train_accuracy"]
-    mean_image, perfect = reconstruction_bounds(problem.data.train)
+    mean_image, perfect = reconstruction_bounds(task.data.train)
     return lambda figures: (mean_image - figures["train_loss"]) / (mean_image - perfect)
 
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 import optcurv
-from benchmarks.core.claims import Claim, Verdict, is_less, mean_interval, plus_minus
+from benchmarks.core.report import table
+from benchmarks.core.statistics import Claim, Verdict, is_less, mean_interval, plus_minus
 
 NUM_STEPS = 20
 START_DISTANCE = 3.0
@@ -119,6 +119,12 @@ def _tuned(descents: Descent) -> Measured:
     return Measured(float(STEP_SIZES[best]), fresh[best], Descent(*(array[best, 0] for array in descents)))
 
 
+def inverse_roots(matrices: np.ndarray) -> np.ndarray:
+    """Returns the inverse square roots of positive definite matrices, whose ellipses they map the unit circle to."""
+    eigenvalues, vectors = np.linalg.eigh(matrices)
+    return vectors / np.sqrt(eigenvalues)[..., None, :] @ np.swapaxes(vectors, -1, -2)
+
+
 def final_values(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, np.ndarray]]:
     """Returns the last log suboptimality of every start."""
     return {p: {name: one.log_values[:, -1] for name, one in by_name.items()} for p, by_name in measured.items()}
@@ -144,35 +150,38 @@ def judge(final: Mapping[str, Mapping[str, np.ndarray]]) -> list[Claim]:
     ]
 
 
-def results_table(measured: Mapping[str, Mapping[str, Measured]]) -> Table:
-    """Lays out the last suboptimality and the tuned step size."""
-    num_starts = len(measured[ALIGNED][GD].log_values)
-    table = Table(
-        title="Figure 1: quadratics",
-        caption=f"Mean over {num_starts} starts, with its 90 % interval, after {NUM_STEPS} steps.",
-    )
-    for column in ("problem", "method"):
-        table.add_column(column)
-    for column in ("log₁₀ suboptimality", "step size"):
-        table.add_column(column, justify="right")
-    for problem, by_name in measured.items():
-        for name, one in by_name.items():
-            edge = " (edge)" if one.step_size in (STEP_SIZES[0], STEP_SIZES[-1]) else ""
-            interval = plus_minus(mean_interval(one.log_values[:, -1], LEVEL))
-            table.add_row(problem, name, interval, f"{one.step_size:.3g}{edge}")
-        table.add_section()
-    return table
-
-
-def as_json(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
-    """Returns step sizes, means and intervals."""
+def summarise(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Any]:
+    """Returns the claims, and what the table and the picture show."""
 
     def one(method: Measured) -> dict[str, Any]:
         mean, half_width = mean_interval(method.log_values, LEVEL)
-        return {
-            "step_size": method.step_size,
-            "log10_suboptimality": mean.tolist(),
-            "half_width_of_90_percent_interval": half_width.tolist(),
-        }
+        curve = {"mean": mean, "half_width": half_width}
+        last = plus_minus(mean_interval(method.log_values[:, -1], LEVEL))
+        path = method.drawn
+        drawn = {"iterates": path.iterates, "shapes": inverse_roots(path.matrices[::2]), "radii": path.radii[::2]}
+        return {"step_size": method.step_size, "last": last, "curve": curve, "drawn": drawn}
 
-    return {problem: {name: one(method) for name, method in by_name.items()} for problem, by_name in measured.items()}
+    return {
+        "starts": len(measured[ALIGNED][GD].log_values),
+        "claims": [claim._asdict() for claim in judge(final_values(measured))],
+        "problems": {
+            problem: {name: one(each) for name, each in methods.items()} for problem, methods in measured.items()
+        },
+    }
+
+
+def results_table(content: Mapping[str, Any]) -> str:
+    """Lays out the last suboptimality and the tuned step size."""
+    edges = (STEP_SIZES[0], STEP_SIZES[-1])
+    rows = [
+        {
+            "problem": problem,
+            "method": name,
+            "log₁₀ suboptimality": one["last"],
+            "step size": f"{one['step_size']:.3g}{' (edge)' if np.isclose(one['step_size'], edges).any() else ''}",
+        }
+        for problem, methods in content["problems"].items()
+        for name, one in methods.items()
+    ]
+    caption = f"After {NUM_STEPS} steps; mean over {content['starts']} starts with its {LEVEL:.0%} interval."
+    return table(rows, caption)

@@ -1,34 +1,28 @@
 """Figure 3: balls against ellipsoids in the trust region method, and first-order methods."""
 
-import dataclasses
-import functools
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import optcurv
 from benchmarks.adaptive_norms.progress import progress_of
-from benchmarks.core.claims import Claim, Verdict, is_less
 from benchmarks.core.data import Dataset
-from benchmarks.core.kept import Kept
-from benchmarks.core.methods import Method
-from benchmarks.core.models import Batch, make_task
-from benchmarks.core.training import Problem, Run, State, init_state, train_step
-from benchmarks.core.tuning import TUNING_SEED, Result
+from benchmarks.core.methods import METHODS as COMPARED
+from benchmarks.core.methods import Method, Setting
+from benchmarks.core.report import table
+from benchmarks.core.statistics import Claim, Verdict, is_less, mean_interval
+from benchmarks.core.task import Task, make_task
+from benchmarks.core.train import Run, Trainer, after_gradients
+from benchmarks.core.tune import TUNING_SEED, Result
 
 _RADII = (1e-4, 1e-3, 1e-2, 5e-2, 0.25, 1.0)  # published: 1e-4 to 5e-2
 COMPETITIVE = 1.25
 """A method is competitive that takes at most so many times the best one's gradients."""
-
-_LONGEST_CHUNK = 16  # steps taken before their costs are fetched
 
 
 def _trust_region(norm: optcurv.Norm) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -38,21 +32,23 @@ def _trust_region(norm: optcurv.Norm) -> Callable[..., optax.GradientTransformat
     return optimizer
 
 
-_momentum = functools.partial(optax.sgd, momentum=0.9)
+def _method(name: str, norm: optcurv.Norm) -> Method:
+    """A step costs 4/3 of a gradient, and two more for each Hessian product."""
+    return Method(name, _trust_region(norm), {"initial radius": _RADII}, 4 / 3, product=2)
 
-# The price is that of a step without its products, which `BudgetTrainer` counts.
+
 TRUST_REGIONS = (
-    Method("TR uniform", _trust_region(optcurv.uniform_norm()), "initial radius", _RADII, 4 / 3),
-    Method("TR Adagrad", _trust_region(optcurv.adagrad_norm()), "initial radius", _RADII, 4 / 3),
-    Method("TR RMSProp", _trust_region(optcurv.rmsprop_norm()), "initial radius", _RADII, 4 / 3),
+    _method("TR uniform", optcurv.uniform_norm()),
+    _method("TR Adagrad", optcurv.adagrad_norm()),
+    _method("TR RMSProp", optcurv.rmsprop_norm()),
 )
 BALL, *ELLIPSOIDS = (method.name for method in TRUST_REGIONS)
 
 FIRST_ORDER = (
-    Method("SGD-momentum", _momentum, "learning rate", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 1),
-    Method("Adagrad", optax.adagrad, "learning rate", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 1),
-    Method("RMSProp", optax.rmsprop, "learning rate", (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), 1),
-    Method("Adam", optax.adam, "learning rate", (0.0005, 0.0015, 0.005, 0.015, 0.05, 0.15), 1),
+    COMPARED[0].at(grid={"learning rate": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}),
+    Method("Adagrad", optax.adagrad, {"learning rate": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}),
+    Method("RMSProp", optax.rmsprop, {"learning rate": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)}),
+    Method("Adam", optax.adam, {"learning rate": (0.0005, 0.0015, 0.005, 0.015, 0.05, 0.15)}),
 )
 METHODS = (*TRUST_REGIONS, *FIRST_ORDER)
 
@@ -73,65 +69,21 @@ DEFAULTS = {
     ("fashion-mnist", "cnn"): Defaults(2000, 512, 0.99),
     ("fashion-mnist", "autoencoder"): Defaults(2000, 512, 0.65),
 }
-MODELS = ("mlp", "cnn", "autoencoder")
 
 
-class BudgetTrainer:
-    """Trains to a budget of gradient-equivalents, where a step costs what it turns out to cost.
+def train(trainer: Trainer, setting: Setting, seed: int, budget: float, num_evaluations: int) -> Run:
+    """Trains until the budget of gradients is spent; evaluates at the start and so often on the way.
 
-    A step costs `method.gradients`, and two more for each Hessian product that its diagnostics report.
+    A tuning run is evaluated at its end alone.
     """
+    task, progress = trainer.task, progress_of(trainer.task)
 
-    def __init__(self, problem: Problem, method: Method) -> None:
-        self.problem = problem
-        self.method = method
-        self._progress = progress_of(problem)
-        self._warm = False
+    def evaluate(params: optax.Params) -> Mapping[str, float]:
+        figures = task.evaluate(params)
+        return figures | {"progress": progress(figures)}
 
-        def step(state: State, train: Batch, indices: jax.Array, setting: float) -> tuple[State, jax.Array]:
-            batch = Batch(*(array[indices] for array in train))
-            state, _ = train_step(problem.task, method, state, batch, setting)
-            products = optcurv.diagnostics(state[1]).get("trust_region/iterations", 0)
-            return state, jnp.asarray(method.gradients + 2 * products)
-
-        self._init = jax.jit(functools.partial(init_state, problem.task, method))
-        self._step = jax.jit(step)
-
-    def run(self, setting: float, seed: int, num_evaluations: int) -> Run:
-        """Trains until the budget is spent, and evaluates at the start and so often on the way.
-
-        The clock runs while steps are taken, not while they compile or while the network is evaluated. Costs are
-        fetched in chunks, so that the device need not wait; the last chunk may overdraw the budget by a step or so.
-        """
-        problem, train = self.problem, self.problem.data.train
-        batches = problem.batches(seed)
-        state = self._init(jax.random.key(seed), train, setting)
-        if not self._warm:
-            jax.block_until_ready(self._step(state, train, next(problem.batches(seed)), setting))
-            self._warm = True
-        steps, gradients, seconds, dearest = 0, 0.0, 0.0, math.inf
-        rows = [self._evaluated(state, steps, gradients, seconds)]
-        for goal in np.linspace(0, problem.budget, num_evaluations + 1)[1:]:
-            while gradients < goal:
-                chunk = int(np.clip((goal - gradients) / dearest, 1, _LONGEST_CHUNK))
-                start, costs = time.perf_counter(), []
-                for _ in range(chunk):
-                    state, cost = self._step(state, train, next(batches), setting)
-                    costs.append(cost)
-                jax.block_until_ready(state)
-                seconds += time.perf_counter() - start
-                costs = np.asarray(jax.device_get(costs), np.float64)
-                gradients += costs.sum()
-                dearest = costs.max()  # of late
-                steps += chunk
-            rows.append(self._evaluated(state, steps, gradients, seconds))
-        return Run(setting, seed, {}, {name: [row[name] for row in rows] for name in rows[0]})
-
-    def _evaluated(self, state: State, steps: int, gradients: float, seconds: float) -> dict[str, float]:
-        figures = self.problem.evaluate(state[0])
-        epochs = steps * self.problem.batch_size / len(self.problem.data.train.labels)
-        spent = {"steps": steps, "gradients": gradients, "epochs": epochs, "seconds": seconds}
-        return spent | figures | {"progress": self._progress(figures)}
+    goals = np.linspace(0, budget, 1 + (1 if seed == TUNING_SEED else num_evaluations))
+    return trainer.run(setting, seed, after_gradients(goals), evaluate)
 
 
 class Measured(NamedTuple):
@@ -163,54 +115,24 @@ class Measured(NamedTuple):
 
     def final_loss(self, method: str) -> list[float]:
         """Returns the last training loss of every run, infinity where it is not a number."""
-        losses = [run.final("train_loss") for run in self._runs(method)]
+        losses = [run.final["train_loss"] for run in self._runs(method)]
         return [math.inf if math.isnan(loss) else loss for loss in losses]
 
     def _runs(self, method: str) -> list[Run]:
         (result,) = (result for result in self.results if result.method.name == method)
-        return result.shown
+        return result.final
 
 
 def first_reach(run: Run, target: float, axis: str) -> float:
     """Returns the gradients, epochs or seconds spent at the first evaluation with the target reached, or infinity."""
-    pairs = zip(run.evaluations["progress"], run.evaluations[axis], strict=True)
+    pairs = zip(run.curve["progress"], run.curve[axis], strict=True)
     return next((spent for progress, spent in pairs if progress >= target), math.inf)
 
 
-def make_problem(dataset_name: str, dataset: Dataset, model: str, *, quick: bool) -> Problem:
-    """Returns the task with its default budget, a twentieth of it when quick."""
-    defaults = DEFAULTS[dataset_name, model]
-    task = make_task(model, dataset.train.images.shape[1])
-    return Problem(task, dataset, defaults.batch_size, defaults.budget / (20 if quick else 1))
-
-
-def measure(
-    problem: Problem,
-    methods: Sequence[Method],
-    num_seeds: int,
-    num_evaluations: int,
-    kept: Kept,
-    report: Callable[[str], None],
-) -> list[Result]:
-    """Tunes every method over its grid on one seed, then runs it on fresh ones; calls `report(what)` after each run."""
-
-    def run(trainer: BudgetTrainer, setting: float, seed: int, num_evaluations: int) -> Run:
-        key = problem.key(trainer.method, setting=setting, seed=seed, num_evaluations=num_evaluations)
-        record = kept.get("budget", key, lambda: dataclasses.asdict(trainer.run(setting, seed, num_evaluations)))
-        return Run(**record)
-
-    results = []
-    for method in methods:
-        result = Result(method)
-        trainer = BudgetTrainer(problem, method)
-        for setting in method.grid:
-            result.tuning.append(run(trainer, setting, TUNING_SEED, num_evaluations=1))
-            report(f"{method.name}, {method.tuned} {setting:g}")
-        for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + num_seeds):
-            result.final.append(run(trainer, result.best.setting, seed, num_evaluations))
-            report(f"{method.name}, seed {seed}")
-        results.append(result)
-    return results
+def task_and_budget(name: str, dataset: Dataset, model: str, *, quick: bool) -> tuple[Task, float]:
+    """Returns the task and its budget of gradients, a twentieth of it when quick."""
+    defaults = DEFAULTS[name, model]
+    return make_task(model, dataset, defaults.batch_size), defaults.budget / (20 if quick else 1)
 
 
 def judge(measured: Measured) -> list[Claim]:
@@ -265,48 +187,60 @@ def _median(spent: Sequence[float]) -> str:
     return f"{median} ({reached} of {len(spent)})"
 
 
-def results_table(measured: Measured, title: str) -> Table:
-    """Lays out what each method spent to the target, its final loss and its setting."""
-    table = Table(
-        title=title,
-        caption=f"Medians over {len(measured.results[0].shown)} seeds; gradients, epochs, seconds to {measured.goal}.\n"
-        "A step: gradients that one took on average. (edge): the first or last of its grid; a better may lie beyond.",
-    )
-    table.add_column("method", no_wrap=True)
-    for column in ("gradients", "epochs", "seconds", "final loss", "least–most", measured.progress, "a step"):
-        table.add_column(column, justify="right")
-    table.add_column("best setting")
+def summarise(measured: Measured) -> dict[str, Any]:
+    """Returns the claims, and what the table and the pictures show."""
+    methods = {}
     for result in measured.results:
-        name, runs = result.method.name, result.shown
-        losses = measured.final_loss(name)
-        table.add_row(
-            name,
-            _median(measured.reached(name, "gradients")),
-            *(f"{statistics.median(measured.reached(name, axis)):.3g}" for axis in ("epochs", "seconds")),
-            f"{statistics.median(losses):.3g}",
-            f"{min(losses):.2g}–{max(losses):.2g}",
-            f"{statistics.median(run.final('progress') for run in runs):.4f}",
-            f"{statistics.fmean(run.final('gradients') / run.final('steps') for run in runs):.2f}",
-            f"{result.method.tuned} {result.best.setting:g}{' (edge)' if result.on_edge else ''}",
-        )
-    return table
-
-
-def as_json(measured: Measured) -> dict[str, Any]:
-    """Returns all runs."""
-    methods = {
-        result.method.name: {
-            "tuned": result.method.tuned,
-            "grid": result.method.grid,
-            "best_setting": result.best.setting,
-            "best_on_edge": result.on_edge,
-            "tuning": [_run_as_json(run) for run in result.tuning],
-            "final": [_run_as_json(run) for run in result.final],
+        name, losses = result.method.name, measured.final_loss(result.method.name)
+        methods[name] = {
+            "gradients": _median(measured.reached(name, "gradients")),
+            **{axis: statistics.median(measured.reached(name, axis)) for axis in ("epochs", "seconds")},
+            "final_loss": [min(losses), statistics.median(losses), max(losses)],
+            "progress": statistics.median(run.final["progress"] for run in result.final),
+            "step": statistics.fmean(run.final["gradients"] / run.final["steps"] for run in result.final),
+            "setting": result.setting,
+            "curves": {axis: _curve(result.final, axis) for axis in AXES},
         }
-        for result in measured.results
+    return {
+        "model": measured.model,
+        "target": measured.target,
+        "progress": measured.progress,
+        "seeds": len(measured.results[0].final),
+        "claims": [claim._asdict() for claim in judge(measured)],
+        "methods": methods,
     }
-    return {"target": measured.target, "methods": methods}
 
 
-def _run_as_json(run: Run) -> dict[str, Any]:
-    return {"setting": run.setting, "seed": run.seed, "evaluations": run.evaluations}
+AXES = ("gradients", "epochs", "seconds")
+_NUM_POINTS = 21
+_LOSSES_SHOWN = (1e-9, 1e9)  # below lies rounding, above divergence
+
+
+def _curve(runs: Sequence[Run], axis: str) -> dict[str, Any]:
+    """Returns mean and 95 % interval over the runs, interpolated to as far as all came; losses as logarithms."""
+    x = np.linspace(0, min(run.final[axis] for run in runs), _NUM_POINTS)
+    on_axis = [[np.interp(x, run.curve[axis], run.curve[name]) for run in runs] for name in ("train_loss", "progress")]
+    losses = np.log10(np.clip(np.nan_to_num(on_axis[0], nan=np.inf), *_LOSSES_SHOWN))
+    return {"end": x[-1], "loss": list(mean_interval(losses)), "progress": list(mean_interval(on_axis[1]))}
+
+
+def results_table(content: Mapping[str, Any]) -> str:
+    """Lays out what each method spent to the target, its final loss and its setting."""
+    rows = [
+        {
+            "method": name,
+            "gradients": one["gradients"],
+            **{axis: f"{one[axis]:.3g}" for axis in ("epochs", "seconds")},
+            "final loss": f"{one['final_loss'][1]:.3g}",
+            "least–most": f"{one['final_loss'][0]:.2g}–{one['final_loss'][2]:.2g}",
+            content["progress"]: f"{one['progress']:.4f}",
+            "a step": f"{one['step']:.2f}",
+            "best setting": one["setting"],
+        }
+        for name, one in content["methods"].items()
+    ]
+    caption = f"{content['model']}: medians over {content['seeds']} seeds; gradients, epochs and seconds to "
+    caption += (
+        f"{100 * content['target']:g} % {content['progress']}. A step: gradients that one took on average. (edge): "
+    )
+    return table(rows, caption + "the first or last of its grid; a better one may lie beyond.")

@@ -25,10 +25,11 @@ class DataError(Exception):
 
 
 class Dataset(NamedTuple):
-    """Images to train on, and others to test on."""
+    """Images to train on, others to test on and, for some studies, others to tune on."""
 
     train: Batch
     test: Batch
+    validation: Batch | None = None
 
 
 def default_folder() -> Path:
@@ -52,8 +53,8 @@ def fashion_mnist(folder: Path) -> Dataset:
 
 def small_fashion_mnist(folder: Path) -> Dataset:
     """Returns Fashion-MNIST in images of 14x14 pixels, the averages of 2x2."""
-    train, test = fashion_mnist(folder)
-    return Dataset(*(split._replace(images=nn.avg_pool(split.images, (2, 2), (2, 2))) for split in (train, test)))
+    splits = fashion_mnist(folder)[:2]
+    return Dataset(*(split._replace(images=nn.avg_pool(split.images, (2, 2), (2, 2))) for split in splits))
 
 
 def digest(*splits: Batch) -> str:

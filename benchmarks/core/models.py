@@ -1,7 +1,6 @@
-"""The networks, and the loss each is trained on."""
+"""The networks that several studies train, and their losses."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,8 @@ import optax
 from flax import linen as nn
 
 import optcurv
+
+NUM_CLASSES = 10
 
 
 class Batch(NamedTuple):
@@ -23,15 +24,12 @@ class Mlp(nn.Module):
     """Dense layers with ReLU; returns logits."""
 
     hidden: tuple[int, ...] = (256, 128)
-    num_classes: int = 10
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images to logits."""
         x = images.reshape(images.shape[0], -1)
-        for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(NUM_CLASSES)(dense(x, self.hidden, nn.relu))
 
 
 class Cnn(nn.Module):
@@ -40,7 +38,6 @@ class Cnn(nn.Module):
     channels: tuple[int, int] = (8, 16)
     stride: int = 1
     hidden: int = 64
-    num_classes: int = 10
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -50,7 +47,45 @@ class Cnn(nn.Module):
         x = nn.relu(nn.Conv(self.channels[1], (3, 3))(x))
         x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_classes)(x)
+        return nn.Dense(NUM_CLASSES)(x)
+
+
+class Vgg(nn.Module):
+    """Blocks of 3x3 convolutions between poolings, after Simonyan and Zisserman (2015); returns logits."""
+
+    blocks: tuple[tuple[int, ...], ...] = ((8,), (16,), (32, 32))
+    hidden: tuple[int, ...] = (64,)
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images to logits; in training BatchNorm uses the statistics of these images."""
+        x = images
+        for block in self.blocks:
+            for width in block:
+                x = convolution(x, width, 3, self.batch_norm, train)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = normalised_relu(nn.Dense(width)(x), self.batch_norm, train)
+        return nn.Dense(NUM_CLASSES)(x)
+
+
+def dense(x: jax.Array, widths: Iterable[int], activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Dense layers, each with an activation; for use inside a compact module."""
+    for width in widths:
+        x = activation(nn.Dense(width)(x))
+    return x
+
+
+def convolution(x: jax.Array, width: int, size: int, batch_norm: bool, train: bool) -> jax.Array:
+    """A square convolution, BatchNorm if wanted, ReLU; for use inside a compact module."""
+    return normalised_relu(nn.Conv(width, (size, size))(x), batch_norm, train)
+
+
+def normalised_relu(x: jax.Array, batch_norm: bool, train: bool) -> jax.Array:
+    """BatchNorm if wanted, then ReLU; for use inside a compact module."""
+    return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x) if batch_norm else x)
 
 
 class Autoencoder(nn.Module):
@@ -63,13 +98,8 @@ class Autoencoder(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images to logits of the same shape."""
         x = images.reshape(images.shape[0], -1)
-        num_pixels = x.shape[1]
-        for width in self.hidden:
-            x = nn.tanh(nn.Dense(width)(x))
-        x = nn.Dense(self.code)(x)
-        for width in reversed(self.hidden):
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(num_pixels)(x).reshape(images.shape)
+        code = nn.Dense(self.code)(dense(x, self.hidden, nn.tanh))
+        return nn.Dense(x.shape[1])(dense(code, self.hidden[::-1], nn.tanh)).reshape(images.shape)
 
 
 def classification_loss(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -85,46 +115,3 @@ def reconstruction_loss(logits: jax.Array, batch: Batch) -> jax.Array:
 def accuracy(logits: jax.Array, batch: Batch) -> jax.Array:
     """The share of images whose largest logit is the label's."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == batch.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A network and what it is trained for.
-
-    Attributes:
-      network: the Flax module.
-      loss_fn: maps the network's outputs and the batch to a scalar, convex in the outputs.
-      has_accuracy: whether the outputs are logits of classes.
-    """
-
-    network: nn.Module
-    loss_fn: Callable[[jax.Array, Batch], jax.Array]
-    has_accuracy: bool
-
-    @property
-    def description(self) -> dict[str, str]:
-        """What tells the task from others."""
-        return {"network": repr(self.network), "loss": self.loss_fn.__name__}
-
-    def init(self, key: jax.Array, batch: Batch) -> optax.Params:
-        """Returns fresh parameters."""
-        return self.network.init(key, batch.images[:1])["params"]
-
-    def loss(self, batch: Batch) -> optcurv.Composite:
-        """Returns the loss on a batch as a function of the parameters."""
-        return optcurv.Composite(
-            model_fn=lambda params: self.network.apply({"params": params}, batch.images),
-            loss_fn=lambda outputs: self.loss_fn(outputs, batch),
-        )
-
-
-def make_task(model: str, image_size: int) -> Task:
-    """Returns the task of a name, small enough that many runs of it take minutes on two cores."""
-    match model:
-        case "mlp":
-            return Task(Mlp(), classification_loss, has_accuracy=True)
-        case "cnn":
-            return Task(Cnn(stride=2 if image_size > 16 else 1), classification_loss, has_accuracy=True)
-        case "autoencoder":
-            return Task(Autoencoder(), reconstruction_loss, has_accuracy=False)
-    raise ValueError(f"model must be mlp, cnn or autoencoder, got {model!r}.")

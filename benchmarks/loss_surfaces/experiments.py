@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +12,8 @@ import optax
 from numpy.typing import NDArray
 
 import optcurv
-from benchmarks.loss_surfaces.networks import Initialisation, Problem
-from benchmarks.loss_surfaces.training import METHODS, Plan, Stage, Trained, Trainer
+from benchmarks.loss_surfaces.networks import Initialisation, SurfaceTask
+from benchmarks.loss_surfaces.runs import METHODS, Plan, Runner, Stage, Trained
 
 Array = NDArray[np.float64]
 Report = Callable[[str], None]
@@ -80,33 +80,35 @@ Runs = dict[str, list[Trained]]
 """By name, one run a seed."""
 
 
-def rate_of(trainer: Trainer, scale: Scale, method: str, report: Report) -> float:
+def rate_of(runner: Runner, scale: Scale, method: str, report: Report) -> float:
     """Returns the learning rate of a method."""
-    grid = METHODS[method].grid
-    return trainer.tuned_rate(method, scale.tuning_epochs, report) if scale.is_tuned else grid[len(grid) // 2]
+    (grid,) = METHODS[method].grid.values()
+    return runner.tuned_rate(method, scale.tuning_epochs, report) if scale.is_tuned else grid[len(grid) // 2]
 
 
-def train_seeds(trainer: Trainer, scale: Scale, plan: Plan, report: Report) -> list[Trained]:
+def train_seeds(runner: Runner, scale: Scale, plan: Plan, report: Report) -> list[Trained]:
     """Carries a plan out with every seed."""
     runs = []
     for seed in scale.seeds:
-        runs.append(trainer.run(dataclasses.replace(plan, seed=seed)))
-        report(f"{trainer.problem.name}: {runs[-1].plan}")
+        runs.append(runner.run(dataclasses.replace(plan, seed=seed)))
+        report(f"{runner.task.name}: {runs[-1].plan}")
     return runs
 
 
-def train_methods(trainer: Trainer, scale: Scale, methods: Iterable[str], report: Report) -> Runs:
+def train_methods(runner: Runner, scale: Scale, methods: Iterable[str], report: Report) -> Runs:
     """Trains every method from the same initialisations on the same batches."""
     runs = {}
     for method in methods:
-        stage = Stage(method, rate_of(trainer, scale, method, report))
-        runs[method] = train_seeds(trainer, scale, Plan(stage, 0, scale.num_epochs), report)
+        stage = Stage(method, rate_of(runner, scale, method, report))
+        runs[method] = train_seeds(runner, scale, Plan(stage, 0, scale.num_epochs), report)
     return runs
 
 
 def num_runs(scale: Scale, methods: Iterable[str]) -> int:
     """Returns how many runs `train_methods` reports."""
-    return sum(scale.num_seeds + len(METHODS[method].grid) * scale.is_tuned for method in methods)
+    return sum(
+        scale.num_seeds + math.prod(map(len, METHODS[method].grid.values())) * scale.is_tuned for method in methods
+    )
 
 
 class Curves(NamedTuple):
@@ -134,13 +136,13 @@ class Between(NamedTuple):
 class Slices:
     """Slices of a problem's loss surface, each compiled once."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self._loss = problem, problem.seen_loss
+    def __init__(self, task: SurfaceTask) -> None:
+        self.task, self._loss = task, task.seen_loss
         self._between = jax.jit(self._compare)
 
     def _compare(self, first: optax.Params, second: optax.Params, coefficients: jax.Array) -> dict[str, jax.Array]:
         def outputs(params: optax.Params) -> tuple[jax.Array, jax.Array]:
-            logits = self.problem.logits(params)[1]
+            logits = self.task.logits(params)[1]
             return logits.reshape(-1, logits.shape[-1]), jax.nn.softmax(logits).reshape(-1, logits.shape[-1])
 
         logits_of_first, probabilities_of_first = outputs(first)
@@ -148,7 +150,7 @@ class Slices:
         def values(params: optax.Params) -> dict[str, jax.Array]:
             logits, probabilities = outputs(params)
             return {
-                "loss": self.problem.seen_loss(params),
+                "loss": self.task.seen_loss(params),
                 "distance": optcurv.functional_distance(probabilities_of_first, probabilities),
                 "disagreement": optcurv.label_disagreement(logits_of_first, logits),
             }
@@ -157,25 +159,25 @@ class Slices:
 
     def start(self, run: Trained) -> optax.Params:
         """Returns where a run began."""
-        return self.problem.init(run.plan.seed, run.plan.initialisation)
+        return self.task.start(run.plan.seed, run.plan.initialisation)
 
     def from_start(self, runs: Runs, num_points: int, report: Report) -> Curves:
         """Looks from where each run began, through where it ended, and on."""
         x = np.linspace(0, LENGTH, num_points)
 
         def losses(run: Trained) -> Array:
-            report(f"{self.problem.name}: line of {run.plan}")
+            report(f"{self.task.name}: line of {run.plan}")
             return np.asarray(optcurv.line(self._loss, self.start(run), run.params, x), np.float64)
 
         return Curves(x, {name: np.stack([losses(run) for run in column]) for name, column in runs.items()})
 
     def around_end(self, runs: Runs, num_points: int, report: Report) -> Curves:
         """Looks from where the first run of each name ended, by absolute distance, back to its start and on (Eq. 1)."""
-        longest = max((x for column in runs.values() if math.isfinite(x := column[0].final("distance"))), default=1.0)
+        longest = max((x for column in runs.values() if math.isfinite(x := column[0].final["distance"])), default=1.0)
         x = np.linspace((1 - LENGTH) * longest, longest, num_points)
         curves = {}
         for name, (run, *_) in runs.items():
-            report(f"{self.problem.name}: basin of {run.plan}")
+            report(f"{self.task.name}: basin of {run.plan}")
             start = self.start(run)
             curves[name] = np.asarray([optcurv.absolute_line(self._loss, run.params, start, x)])
         return Curves(x, curves)
@@ -188,7 +190,7 @@ class Slices:
             rows = []
             for first, second in runs:
                 rows.append(self._between(first.params, second.params, x))
-                report(f"{self.problem.name}: between {pair}")
+                report(f"{self.task.name}: between {pair}")
             for name, by_pair in found.items():
                 by_pair[pair] = np.stack([np.asarray(row[name], np.float64) for row in rows])
         return Between(**{name: Curves(x, by_pair) for name, by_pair in found.items()})
@@ -247,12 +249,12 @@ class Minima(NamedTuple):
     @property
     def threshold(self) -> float:
         """The loss that bounds a basin; one for all methods."""
-        ends = [run.final("train_loss") for runs in self.runs.values() for run in runs]
+        ends = [run.final["train_loss"] for runs in self.runs.values() for run in runs]
         return (1 - BASIN) * float(np.nanmedian(ends)) + BASIN * self.initial_loss
 
     def finals(self, name: str) -> dict[str, list[float]]:
         """Returns a figure of each method's runs."""
-        return {method: [run.final(name) for run in runs] for method, runs in self.runs.items()}
+        return {method: [run.final[name] for run in runs] for method, runs in self.runs.items()}
 
     def widths(self, absolute: bool) -> dict[str, list[float]]:
         """Returns the widths of the basins, in units of the run's length or of the parameters."""
@@ -282,9 +284,9 @@ def measure_minima(slices: Slices, runs: Runs, scale: Scale, report: Report) -> 
     pairs, triangles = pairs_of(runs), {}
     for pair, ((first, second), *_) in pairs.items():
         triangles[pair] = Surface(*_sides(scale.surface_points), slices.triangle(first, second, scale.surface_points))
-        report(f"{slices.problem.name}: surface of {pair}")
+        report(f"{slices.task.name}: surface of {pair}")
     return Minima(
-        slices.problem.name,
+        slices.task.name,
         runs,
         slices.from_start(runs, scale.line_points, report),
         slices.around_end(runs, scale.line_points, report),
@@ -321,16 +323,16 @@ class Switching(NamedTuple):
     between: dict[str, Between]
 
 
-def train_switched(trainer: Trainer, scale: Scale, report: Report) -> dict[str, Runs]:
+def train_switched(runner: Runner, scale: Scale, report: Report) -> dict[str, Runs]:
     """Trains each optimiser alone, and switched at every share of the training."""
-    alone = train_methods(trainer, scale, dict.fromkeys(itertools.chain(*scale.switched)), report)
+    alone = train_methods(runner, scale, dict.fromkeys(itertools.chain(*scale.switched)), report)
     groups = {}
     for first, second in scale.switched:
         stages = [run.plan.first for run in (alone[first][0], alone[second][0])]
         groups[f"{first} → {second}"] = runs = {first: alone[first]}
         for share in SHARES:
             plan = Plan(stages[0], 0, scale.num_epochs, second=stages[1], switch_at=share)
-            runs[f"at {100 * share:g} %"] = train_seeds(trainer, scale, plan, report)
+            runs[f"at {100 * share:g} %"] = train_seeds(runner, scale, plan, report)
         runs[second] = alone[second]
     return groups
 
@@ -338,9 +340,9 @@ def train_switched(trainer: Trainer, scale: Scale, report: Report) -> dict[str, 
 def measure_switching(slices: Slices, groups: Mapping[str, Runs], scale: Scale, report: Report) -> Switching:
     """Looks between all ends of each group."""
     first = next(iter(next(iter(groups.values())).values()))
-    start = np.mean([float(slices.problem.seen_loss(slices.start(run))) for run in first])
+    start = np.mean([float(slices.task.seen_loss(slices.start(run))) for run in first])
     between = {name: slices.between(pairs_of(runs), scale.line_points, report) for name, runs in groups.items()}
-    return Switching(slices.problem.name, float(start), dict(groups), between)
+    return Switching(slices.task.name, float(start), dict(groups), between)
 
 
 class Exotic(NamedTuple):
@@ -354,15 +356,15 @@ class Exotic(NamedTuple):
 USUAL = "as usual"
 
 
-def train_exotic(trainer: Trainer, scale: Scale, report: Report) -> Runs:
+def train_exotic(runner: Runner, scale: Scale, report: Report) -> Runs:
     """Trains SGD from each initialisation, at the best rate for it."""
-    runs = train_methods(trainer, scale, ["SGD"], report)
+    runs = train_methods(runner, scale, ["SGD"], report)
     runs = {USUAL: runs["SGD"]}
     for initialisation in EXOTIC:
         grid = _EXOTIC_RATES if scale.is_tuned else _EXOTIC_RATES[1:2]
-        rate = trainer.tuned_rate("SGD", scale.tuning_epochs, report, initialisation, grid)
+        rate = runner.tuned_rate("SGD", scale.tuning_epochs, report, initialisation, grid)
         plan = Plan(Stage("SGD", rate), 0, scale.num_epochs, initialisation)
-        runs[str(initialisation)] = train_seeds(trainer, scale, plan, report)
+        runs[str(initialisation)] = train_seeds(runner, scale, plan, report)
     return runs
 
 
@@ -373,7 +375,7 @@ def num_exotic_runs(scale: Scale) -> int:
 
 def measure_exotic(slices: Slices, runs: Runs, scale: Scale, report: Report) -> Exotic:
     """Looks along the way from each initialisation."""
-    return Exotic(slices.problem.name, runs, slices.from_start(runs, scale.line_points, report))
+    return Exotic(slices.task.name, runs, slices.from_start(runs, scale.line_points, report))
 
 
 class RungeKutta(NamedTuple):
@@ -386,19 +388,19 @@ class RungeKutta(NamedTuple):
 SCHEMES = {"midpoint": "SGD+midpoint", "Heun": "SGD+RK2", "Ralston": "SGD+Ralston"}
 
 
-def train_runge_kutta(trainer: Trainer, scale: Scale, report: Report) -> RungeKutta:
+def train_runge_kutta(runner: Runner, scale: Scale, report: Report) -> RungeKutta:
     """Trains SGD at its rate and at twice that, and SGD and Adam with RK2 at twice the rate for half as long."""
     plans = {}
     for method in ("SGD", "Adam"):
-        rate = rate_of(trainer, scale, method, report)
+        rate = rate_of(runner, scale, method, report)
         plans[method] = Plan(Stage(method, rate), 0, scale.num_epochs)
         schemes = SCHEMES if method == "SGD" else {"RK2": "Adam+RK2"}
         if method == "SGD":
             plans["SGD x2"] = Plan(Stage(method, 2 * rate), 0, scale.num_epochs)
         for scheme, doubled in schemes.items():
             plans[f"{method}, {scheme}"] = Plan(Stage(doubled, 2 * rate), 0, scale.num_epochs // 2)
-    runs = {name: train_seeds(trainer, scale, plan, report) for name, plan in plans.items()}
-    return RungeKutta(trainer.problem.name, runs)
+    runs = {name: train_seeds(runner, scale, plan, report) for name, plan in plans.items()}
+    return RungeKutta(runner.task.name, runs)
 
 
 def num_runge_kutta_runs(scale: Scale) -> int:
@@ -406,29 +408,8 @@ def num_runge_kutta_runs(scale: Scale) -> int:
     return num_runs(scale, ["SGD", "Adam"]) + (2 + len(SCHEMES)) * scale.num_seeds
 
 
-def plain(content: Any) -> Any:
-    """Returns what JSON can hold: arrays as lists, tuples with names as dictionaries, runs without their parameters."""
-    match content:
-        case Trained():
-            return {"plan": str(content.plan), "rate": content.plan.first.rate, "curve": content.curve}
-        case dict():
-            return {str(key): plain(value) for key, value in content.items()}
-        case tuple() if hasattr(content, "_asdict"):
-            return plain(content._asdict())  # pyright: ignore[reportAttributeAccessIssue]
-        case list() | tuple():
-            return [plain(value) for value in content]
-        case np.ndarray() | jax.Array():
-            return np.asarray(content).tolist()
-    return content
-
-
-def num_not_finite(content: Any) -> int:
-    """Returns how many numbers of plain content are not finite."""
-    match content:
-        case dict():
-            return sum(map(num_not_finite, content.values()))
-        case list():
-            return sum(map(num_not_finite, content))
-        case float():
-            return int(not math.isfinite(content))
-    return 0
+def num_not_finite(found: Minima | Switching | Exotic | RungeKutta) -> int:
+    """Returns how many of the numbers measured are not finite."""
+    groups = jax.tree.leaves(found.runs, is_leaf=lambda leaf: isinstance(leaf, Trained))
+    numbers = jax.tree.leaves((found._replace(runs={}), [run.curve for run in groups]))
+    return sum(int(np.sum(~np.isfinite(leaf))) for leaf in numbers if not isinstance(leaf, str))

@@ -5,7 +5,7 @@ import functools
 import pydoc_data.topics
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,40 +16,11 @@ import optax
 from flax import linen as nn
 
 import optcurv
-from benchmarks.core.data import DataError, Dataset, digest
-from benchmarks.core.models import Batch, accuracy, classification_loss
+from benchmarks.core.data import DataError, Dataset
+from benchmarks.core.models import NUM_CLASSES, Batch, accuracy, classification_loss, convolution
+from benchmarks.core.task import Task
 
 BATCH_SIZE = 64
-
-
-def _convolution(x: jax.Array, width: int, size: int, batch_norm: bool, train: bool) -> jax.Array:
-    """A square convolution, BatchNorm if wanted, ReLU."""
-    x = nn.Conv(width, (size, size))(x)
-    if batch_norm:
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-    return nn.relu(x)
-
-
-class Vgg(nn.Module):
-    """Blocks of 3x3 convolutions between poolings, after Simonyan and Zisserman (2015); returns logits."""
-
-    blocks: tuple[tuple[int, ...], ...] = ((8,), (16,), (32, 32))
-    hidden: int = 64
-    num_classes: int = 10
-    batch_norm: bool = False
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images to logits; in training BatchNorm takes the statistics of the images at hand."""
-        x = images
-        for block in self.blocks:
-            for width in block:
-                x = _convolution(x, width, 3, self.batch_norm, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = nn.Dense(self.hidden)(x.reshape(x.shape[0], -1))
-        if self.batch_norm:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        return nn.Dense(self.num_classes)(nn.relu(x))
 
 
 class NetworkInNetwork(nn.Module):
@@ -57,20 +28,22 @@ class NetworkInNetwork(nn.Module):
 
     blocks: tuple[tuple[int, int, int], ...] = ((8, 8, 8), (16, 16, 16))
     last: int = 32
-    num_classes: int = 10
     batch_norm: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images to logits; in training BatchNorm takes the statistics of the images at hand."""
+        """Maps images to logits; `train` as in `Vgg`."""
+
+        def convolutions(x: jax.Array, widths: Sequence[int], sizes: Sequence[int]) -> jax.Array:
+            for width, size in zip(widths, sizes, strict=True):
+                x = convolution(x, width, size, self.batch_norm, train)
+            return x
+
         x = images
         for block in self.blocks:
-            for width, size in zip(block, (3, 1, 1), strict=True):
-                x = _convolution(x, width, size, self.batch_norm, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        for size in (3, 1):
-            x = _convolution(x, self.last, size, self.batch_norm, train)
-        return nn.Conv(self.num_classes, (1, 1))(x).mean(axis=(1, 2))
+            x = nn.max_pool(convolutions(x, block, (3, 1, 1)), (2, 2), strides=(2, 2))
+        x = convolutions(x, (self.last, self.last), (3, 1))
+        return nn.Conv(NUM_CLASSES, (1, 1))(x).mean(axis=(1, 2))
 
 
 class LanguageModel(nn.Module):
@@ -147,47 +120,30 @@ class Initialisation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """A network and what it is trained on.
+class SurfaceTask(Task):
+    """A task whose network may have BatchNorm, and is looked at with the statistics of a part of the training examples.
 
     Attributes:
       name: as in tables and names of files.
-      network: maps images or symbols to logits, given whether it is in training.
-      train: examples to train on.
-      test: others, all of which figures of the test are taken over.
-      num_seen: of the training examples, the first so many: training losses are taken over them, and BatchNorm's
+      num_seen: the first so many of the training examples: training losses are taken over them, and BatchNorm's
         statistics wherever a network is looked at.
     """
 
-    name: str
-    network: nn.Module
-    train: Batch
-    test: Batch
-    num_seen: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Of one gradient each, or two."""
-        return len(self.train.labels) // BATCH_SIZE
+    name: str = ""
+    num_seen: int = 512
 
     @functools.cached_property
     def seen(self) -> Batch:
         """The training examples that networks are looked at with."""
         with jax.ensure_compile_time_eval():  # it is kept, also when first asked for within a jit
-            return Batch(*(array[: self.num_seen] for array in self.train))
+            return Batch(*(array[: self.num_seen] for array in self.data.train))
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What tells the problem from others; a run is kept under it."""
-        return {
-            "name": self.name,
-            "network": repr(self.network),
-            "data": digest(self.train, self.test),
-            "num_seen": self.num_seen,
-            "batch_size": BATCH_SIZE,
-        }
+        """What distinguishes the task from others; runs are cached under it."""
+        return super().description | {"name": self.name, "num_seen": self.num_seen}
 
-    def init(self, seed: int, initialisation: Initialisation | None = None) -> optax.Params:
+    def start(self, seed: int, initialisation: Initialisation | None = None) -> optax.Params:
         """Returns fresh parameters: Flax's own, or drawn otherwise."""
         key = jax.random.key(seed)
         params = self._init(key)
@@ -195,12 +151,12 @@ class Problem:
 
     @functools.cached_property
     def _init(self) -> Callable[[jax.Array], optax.Params]:
-        return jax.jit(lambda key: self.network.init(key, self.train.images[:1])["params"])
+        return jax.jit(self.init)
 
     @functools.cached_property
     def _statistics(self) -> Any:
         """Of the shape of BatchNorm's, all zero; they say nothing."""
-        shapes = jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.train.images[:1]))
+        shapes = jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.data.train.images[:1]))
         with jax.ensure_compile_time_eval():
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.get("batch_stats", {}))
 
@@ -209,7 +165,7 @@ class Problem:
         logits, changed = self.network.apply(variables, images, train=True, mutable=["batch_stats"])
         return logits, changed.get("batch_stats", {})
 
-    def training_loss(self, batch: Batch) -> optcurv.Composite:
+    def loss(self, batch: Batch) -> optcurv.Composite:
         """Returns the loss of a step as a function of the parameters; it does not depend on running statistics."""
         return optcurv.Composite(
             model_fn=lambda params: self._apply_in_training(params, self._statistics, batch.images)[0],
@@ -225,17 +181,26 @@ class Problem:
 
         statistics = self._statistics and optcurv.recomputed_batch_stats(after_step, self._statistics)
         variables: dict[str, Any] = {"params": params, "batch_stats": statistics}
-        test = self.network.apply(variables, self.test.images)
+        test = self.network.apply(variables, self.data.test.images)
         return train, test  # pyright: ignore[reportReturnType]: without `mutable`, apply returns the output alone
 
     def seen_loss(self, params: optax.Params) -> jax.Array:
         """Returns the training loss as surfaces show it."""
         return classification_loss(self.logits(params)[0], self.seen)
 
+    def evaluate(self, params: optax.Params, splits: Sequence[str] = ("train", "test")) -> dict[str, float]:
+        """Returns loss and accuracy on the seen training examples and on the test's."""
+        figures = self._jitted_figures(params)
+        return {name: float(value) for name, value in figures.items() if name.split("_")[0] in splits}
+
+    @functools.cached_property
+    def _jitted_figures(self) -> Callable[[optax.Params], dict[str, jax.Array]]:
+        return jax.jit(self.figures)
+
     def figures(self, params: optax.Params) -> dict[str, jax.Array]:
         """Returns loss and accuracy on seen training examples and on the test's."""
         result = {}
-        splits = {"train": self.seen, "test": self.test}
+        splits = {"train": self.seen, "test": self.data.test}
         for (split, batch), logits in zip(splits.items(), self.logits(params), strict=True):
             result[f"{split}_loss"] = classification_loss(logits, batch)
             result[f"{split}_accuracy"] = accuracy(logits, batch)

@@ -11,7 +11,7 @@ import scipy.signal
 import scipy.stats
 from numpy.typing import ArrayLike
 
-from benchmarks.core.claims import Claim, Verdict, is_less
+from benchmarks.core.statistics import Claim, Verdict, is_less
 from benchmarks.loss_surfaces.experiments import EXOTIC, SHARES, USUAL, Exotic, Minima, RungeKutta, Runs, Switching
 
 BARRIER = 0.05
@@ -167,14 +167,14 @@ def judge_exotic(with_norm: Exotic, without: Exotic) -> list[Claim]:
     claims = []
     for name in map(str, EXOTIC):
         for found, expected in ((without, False), (with_norm, True)):
-            accuracies = [run.final("train_accuracy") for run in found.runs[name]]
+            accuracies = [run.final["train_accuracy"] for run in found.runs[name]]
             learnt = [accuracy > LEARNT for accuracy in accuracies]
             as_claimed = [one == expected for one in learnt]
             verdict = Verdict.HOLDS if all(as_claimed) else Verdict.UNDECIDED if any(as_claimed) else Verdict.FAILS
             numbers = f"training accuracy {min(accuracies):.2f} to {max(accuracies):.2f}"
             text = f"{found.problem} {'trains' if expected else 'does not train'} from {name}."
             claims.append(Claim(text, verdict, numbers))
-        losses = {start: [run.final("train_loss") for run in with_norm.runs[start]] for start in (USUAL, name)}
+        losses = {start: [run.final["train_loss"] for run in with_norm.runs[start]] for start in (USUAL, name)}
         text = f"{with_norm.problem} ends with a lower training loss {USUAL} than from"
         claim = _below(text, USUAL, name, losses)
         claims += [claim] if claim else []
@@ -183,7 +183,7 @@ def judge_exotic(with_norm: Exotic, without: Exotic) -> list[Claim]:
 
 def judge_runge_kutta(found: RungeKutta) -> list[Claim]:
     """Appendix A.4: Heun and Ralston outperform SGD, but not midpoint; Adam outperforms Adam with RK2."""
-    losses = {name: [run.final("train_loss") for run in runs] for name, runs in found.runs.items()}
+    losses = {name: [run.final["train_loss"] for run in runs] for name, runs in found.runs.items()}
     text = "at equal numbers of gradients {} ends with a lower training loss than"
     claims = []
     for better, worse in (("SGD, Heun", "SGD"), ("SGD, Ralston", "SGD"), ("Adam", "Adam, RK2")):

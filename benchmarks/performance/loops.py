@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import track
-from rich.table import Table
 
 import optcurv
 from benchmarks.core.methods import GRADIENT_DESCENT, Method
-from benchmarks.core.models import Batch, Task
+from benchmarks.core.models import Batch
+from benchmarks.core.report import table
+from benchmarks.core.statistics import quartiles
+from benchmarks.core.task import Task
 from benchmarks.core.timing import count_flops, seconds_of
-from benchmarks.core.training import init_state, train_step
+from benchmarks.core.train import init_state, train_step
 from optcurv.arguments import PyTree
 from optcurv.curvature import MatVec, ProductFn
 
@@ -24,11 +27,12 @@ NUM_COMPILES = 3
 _FEW, _MORE = 2, 6  # a cost per iteration is the difference between two programs
 
 
-def measure_loops(task: Task, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+def measure_loops(task: Task, rounds: int) -> list[dict[str, Any]]:
     """Returns, for each curvature, seconds of a CG iteration in its loop and of an unrolled product."""
-    params = jax.jit(task.init)(jax.random.key(0), batch)
+    batch = task.data.train
+    params = jax.jit(task.init)(jax.random.key(0))
     gradient = jax.jit(lambda params: jax.grad(task.loss(batch))(params))(params)
-    gradient_compile = _step_compile_seconds(task, batch, GRADIENT_DESCENT)
+    gradient_compile = _step_compile_seconds(task, GRADIENT_DESCENT)
     rows = []
     for name, curvature in CURVATURES.items():
         programs = [
@@ -44,23 +48,23 @@ def measure_loops(task: Task, batch: Batch, rounds: int) -> list[dict[str, Any]]
         )
         few_looped, more_looped, few_unrolled, more_unrolled = times.T
         looped, unrolled = more_looped - few_looped, more_unrolled - few_unrolled
-        step = Method("step", functools.partial(_trust_region, curvature), "radius", (0.01,), 0)
+        step = Method("step", functools.partial(_trust_region, curvature), {"radius": (0.01,)})
         rows.append(
             {
                 "curvature": name,
                 "looped_seconds": float(np.median(looped)) / (_MORE - _FEW),
                 "unrolled_seconds": float(np.median(unrolled)) / (_MORE - _FEW),
                 "ratio_quartiles": np.quantile(looped / unrolled, [0.25, 0.5, 0.75]).tolist(),
-                "compile_seconds": _step_compile_seconds(task, batch, step),
+                "compile_seconds": _step_compile_seconds(task, step),
                 "gradient_compile_seconds": gradient_compile,
             }
         )
     return rows
 
 
-def product_flops(task: Task, curvature: ProductFn, batch: Batch) -> float:
+def product_flops(task: Task, curvature: ProductFn) -> float:
     """Returns the operations of one product: what a second one adds."""
-    params = jax.eval_shape(task.init, jax.random.key(0), batch)
+    params, batch = jax.eval_shape(task.init, jax.random.key(0)), task.data.train
     once, twice = (
         count_flops(
             jax.jit(functools.partial(_unrolled, task, curvature, steps)).lower(params, params, batch).compile()
@@ -96,12 +100,13 @@ def _damped(product: MatVec) -> MatVec:
     return lambda vector: optax.tree.add_scale(product(vector), 100.0, vector)
 
 
-def _step_compile_seconds(task: Task, batch: Batch, method: Method) -> float:
+def _step_compile_seconds(task: Task, method: Method) -> float:
     """Returns how long XLA takes for a training step: the least of some, as other work only adds to it."""
-    state = jax.jit(functools.partial(init_state, task, method))(jax.random.key(0), batch)
+    setting = method.first_setting
+    state = jax.jit(functools.partial(init_state, task, method))(jax.random.key(0), setting)
 
     def once() -> float:
-        lowered = jax.jit(functools.partial(train_step, task, method)).lower(state, batch, method.grid[0])
+        lowered = jax.jit(functools.partial(train_step, task, method)).lower(state, task.data.train, setting)
         start = time.perf_counter()
         lowered.compile()
         return time.perf_counter() - start
@@ -109,22 +114,20 @@ def _step_compile_seconds(task: Task, batch: Batch, method: Method) -> float:
     return min(once() for _ in range(NUM_COMPILES))
 
 
-def loops_table(title: str, rows: list[dict[str, Any]]) -> Table:
+def loops_table(content: Mapping[str, Any]) -> str:
     """Lays the figures out; ratios: median of the rounds (quartiles)."""
-    table = Table(
-        title=title, caption="Compile: of a whole trust region step with max_iter=50, and of a gradient step."
-    )
-    table.add_column("curvature", no_wrap=True)
-    for column in ("ms in the CG loop", "ms outside", "ratio", "compile s", "of the gradient step's"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        low, median, high = row["ratio_quartiles"]
-        table.add_row(
-            row["curvature"],
-            f"{1e3 * row['looped_seconds']:.1f}",
-            f"{1e3 * row['unrolled_seconds']:.1f}",
-            f"{median:.2f} ({low:.2f}-{high:.2f})",
-            f"{row['compile_seconds']:.1f}",
-            f"{row['compile_seconds'] / row['gradient_compile_seconds']:.2f}",
-        )
-    return table
+    rows = [
+        {
+            "curvature": one["curvature"],
+            **{f"ms {label}": f"{1e3 * one[f'{kind}_seconds']:.1f}" for kind, label in _PLACES.items()},
+            "ratio": quartiles(one["ratio_quartiles"]),
+            "compile s": f"{one['compile_seconds']:.1f}",
+            "of the gradient step's": f"{one['compile_seconds'] / one['gradient_compile_seconds']:.2f}",
+        }
+        for one in content["loops"]
+    ]
+    caption = "Products inside and outside of a loop. Compile: of a whole trust region step with max_iter=50, and of a "
+    return table(rows, caption + "gradient step.")
+
+
+_PLACES = {"looped": "in the CG loop", "unrolled": "outside"}

@@ -1,24 +1,26 @@
 """The temporary memory of a compiled step, beside a gradient step's, in vectors of parameters."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from rich.table import Table
 
 import optcurv
 from benchmarks.core.methods import GRADIENT_DESCENT, Method
-from benchmarks.core.models import Batch, Mlp, Task, classification_loss
-from benchmarks.core.timing import temporary_bytes
-from benchmarks.core.training import init_state, train_step
-
-TASK = Task(Mlp(hidden=(1700,) * 4), classification_loss, has_accuracy=True)
-"""A network of ten million parameters; on a small batch its activations are nothing beside them."""
+from benchmarks.core.models import Mlp, classification_loss
+from benchmarks.core.report import table
+from benchmarks.core.task import Task
+from benchmarks.core.timing import noise, temporary_bytes
+from benchmarks.core.train import init_state, train_step
 
 _BATCH_SIZE = 16
+
+
+def make_task(hidden: tuple[int, ...] = (1700,) * 4) -> Task:
+    """Returns a network of ten million parameters; on a small batch its activations are nothing beside them."""
+    return Task(Mlp(hidden), classification_loss, noise(_BATCH_SIZE), _BATCH_SIZE)
 
 
 class Limit(NamedTuple):
@@ -43,51 +45,41 @@ LIMITS: Mapping[str, Limit] = {
 """Lanczos' method keeps a basis; Kronecker factors are no vectors."""
 
 
-def measure_memory() -> list[dict[str, Any]]:
+def measure(task: Task) -> list[dict[str, Any]]:
     """Returns a row for each method; steps are compiled, and nothing is run."""
-    gradient_step = step_bytes(TASK, GRADIENT_DESCENT.optimizer(0.1))
-    vector = 4 * num_parameters(TASK)
+    gradient_step = step_bytes(task, GRADIENT_DESCENT)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
     return [
         {
             "method": name,
             "limit": limit.vectors,
-            "vectors": (step_bytes(TASK, limit.optimizer) - gradient_step) / vector,
-            "parameters": vector // 4,
+            "vectors": (step_bytes(task, Method("", lambda _, o=limit.optimizer: o, {"": (0.1,)})) - gradient_step)
+            / (4 * num_parameters),
+            "parameters": num_parameters,
         }
         for name, limit in LIMITS.items()
     ]
 
 
-def step_bytes(task: Task, optimizer: optax.GradientTransformation) -> int:
+def step_bytes(task: Task, method: Method) -> int:
     """Returns the temporary memory of a training step that overwrites its parameters and state."""
-    method = Method("step", lambda setting: optimizer, "", (0.1,), 1)
-    batch = _batch()
-    state = jax.eval_shape(functools.partial(init_state, task, method), jax.random.key(0), batch)
+    setting = method.first_setting
+    state = jax.eval_shape(functools.partial(init_state, task, method), jax.random.key(0), setting)
     step = jax.jit(functools.partial(train_step, task, method), donate_argnums=0)
-    return temporary_bytes(step.lower(state, batch, 0.1).compile())
+    return temporary_bytes(step.lower(state, task.data.train, setting).compile())
 
 
-def num_parameters(task: Task) -> int:
-    """Returns the number of parameters of a task's network."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0), _batch())))
-
-
-def _batch() -> Any:
-    images = jax.ShapeDtypeStruct((_BATCH_SIZE, 28, 28, 1), jnp.float32)
-    return Batch(images, jax.ShapeDtypeStruct((_BATCH_SIZE,), jnp.int32))  # pyright: ignore[reportArgumentType]
-
-
-def memory_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def memory_table(content: Mapping[str, Any]) -> str:
     """Lays the figures out beside the limits."""
-    table = Table(
-        title=f"Temporary memory of a compiled step on {rows[0]['parameters'] / 1e6:.1f} million parameters",
-        caption="Beyond a gradient step's, in vectors of parameters, as XLA counts it; parameters and state donated.",
+
+    def row(one: Mapping[str, Any]) -> dict[str, str]:
+        limit = one["limit"]
+        verdict = "" if limit is None else "within" if one["vectors"] <= limit else "beyond"
+        at_most = "" if limit is None else f"{limit:g}"
+        return {"method": one["method"], "vectors": f"{one['vectors']:.1f}", "at most": at_most, "verdict": verdict}
+
+    caption = (
+        "Temporary memory of a compiled step beyond a gradient step's, in vectors of parameters, as XLA counts it, on "
     )
-    table.add_column("method", no_wrap=True)
-    for column in ("vectors", "at most", ""):
-        table.add_column(column, justify="right")
-    for row in rows:
-        limit = row["limit"]
-        verdict = "" if limit is None else "within" if row["vectors"] <= limit else "beyond"
-        table.add_row(row["method"], f"{row['vectors']:.1f}", "" if limit is None else f"{limit:g}", verdict)
-    return table
+    caption += f"{content['rows'][0]['parameters'] / 1e6:.1f} million parameters; parameters and state donated."
+    return table(map(row, content["rows"]), caption)

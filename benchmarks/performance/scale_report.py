@@ -1,17 +1,16 @@
 """Tables and pictures of `scale`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import ArrayLike
-from rich.table import Table
 
-from benchmarks.core.surface_plots import draw_panels
+from benchmarks.core.figures import draw_panels
+from benchmarks.core.report import Row, table
+from benchmarks.core.statistics import quartiles
 from benchmarks.performance.programs import KINDS
 
-Row = Mapping[str, Any]
 Curves = dict[str, dict[str, tuple[ArrayLike, ArrayLike]]]
 
 _SHOWN_DEVICES = (8, 64, 1024)
@@ -19,143 +18,122 @@ _BYTES_OF_A_PARAMETER = 4
 _LEAST_WIDTH = 9.0  # inches
 
 
-def ratios_table(title: str, varied: str, rows: Sequence[Row]) -> Table:
+def ratios_table(content: Row) -> str:
     """Lays out costs in gradient steps."""
-    caption = (
-        "Floor, FLOPs and time are ratios to the gradient step; time: median of the rounds (quartiles). FLOPs: of "
-        "matrix products, from XLA's program. TSO-ALRA: an average step of its first stage, with its refreshes."
-    )
-    table = Table(title=title, caption=caption)
-    for column in (
-        varied.replace("_", " "),
-        "method",
-        "floor",
-        "FLOPs",
-        "time",
-        "time / floor",
-        "ms a step",
-        "memory MB",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    section = lambda row: row.get("family", row[varied])  # noqa: E731
-    for i, row in enumerate(rows):
+    varied, shown = content["varied"], []
+    for row in content["rows"]:
         time = ("needs more memory than there is", "", "")
         if row["fits"]:
-            low, median, high = row["ratio_quartiles"]
-            ratio = f"{median:.2f} ({low:.2f}-{high:.2f})"
-            time = ratio, f"{median / row['floor']:.2f}", f"{1e3 * row['seconds']:.3g}"
-        table.add_row(
-            f"{row[varied]:,}",
-            row["method"],
-            f"{row['floor']:.2f}",
-            f"{row['flops_ratio']:.3f}",
-            *time,
-            f"{row['bytes'] / 1e6:.3g}",
-            end_section=i + 1 == len(rows) or section(rows[i + 1]) != section(row),
+            median = row["ratio_quartiles"][1]
+            time = quartiles(row["ratio_quartiles"]), f"{median / row['floor']:.2f}", f"{1e3 * row['seconds']:.3g}"
+        shown.append(
+            {
+                "method": row["method"],
+                varied.replace("_", " "): f"{row[varied]:,}",
+                "floor": f"{row['floor']:.2f}",
+                "FLOPs": f"{row['flops_ratio']:.3f}",
+                **dict(zip(("time", "time / floor", "ms a step"), time, strict=True)),
+                "memory MB": f"{row['bytes'] / 1e6:.3g}",
+            }
         )
-    return table
+    caption = f"{content['title']}. Floor, FLOPs and time are ratios to the gradient step; time: median of the rounds "
+    caption += (
+        "(quartiles). FLOPs: of matrix products, from XLA's program. TSO-ALRA: an average step of its first stage, "
+    )
+    return table(shown, caption + "with its refreshes.")
 
 
-def devices_table(title: str, strong_batch: int, rows: Sequence[Row]) -> Table:
+def devices_table(content: Row) -> str:
     """Lays out times beside those of one device with all of the work."""
-    caption = (
-        f"Time of a step over that of one device that does all of the work. The devices share the cores, so more of "
-        f"them cannot be faster: what lies above 1 is overhead. Median of the rounds (quartiles). Strong: a batch of "
-        f"{strong_batch} in all; weak: of {strong_batch // 2} a device."
-    )
-    table = Table(title=title, caption=caption)
-    table.add_column("method", no_wrap=True)
-    table.add_column("placement")
     columns = [(scaling, count) for scaling in ("strong", "weak") for count in (2, 4)]
-    for scaling, count in columns:
-        table.add_column(f"{scaling}, {count} devices", justify="right")
-    for row in rows:
-        cells = [
-            "{1:.2f} ({0:.2f}-{2:.2f})".format(*row[f"{scaling} {count}"])  # median, then quartiles
-            for scaling, count in columns
-        ]
-        table.add_row(row["method"], row["placement"], *cells)
-    return table
+    rows = [
+        {"method": row["method"], "placement": row["placement"]}
+        | {f"{scaling}, {count} devices": quartiles(row[f"{scaling} {count}"]) for scaling, count in columns}
+        for row in content["rows"]
+    ]
+    batch = content["strong_batch"]
+    caption = (
+        f"{content['title']}. Time of a step over that of one device that does all of the work. The devices share the "
+    )
+    caption += (
+        "cores, so more of them cannot be faster: what lies above 1 is overhead. Median of the rounds (quartiles). "
+    )
+    return table(rows, caption + f"Strong: a batch of {batch} in all; weak: of {batch // 2} a device.")
 
 
-def collectives_table(title: str, rows: Sequence[Row]) -> Table:
+def collectives_table(content: Row) -> str:
     """Lays out how many collectives of each kind a step runs, and of how many bytes, in vectors of all parameters."""
-    caption = (
-        "How many, of how many bytes: 1 is a vector of all parameters. From XLA's programs for 4 CPU devices; loops by "
-        "their iterations, TSO-ALRA's refreshes by how often they are. XLA for CPUs has no reduce-scatter: where there "
-        "is one, FSDP's all-reduces send half as much."
-    )
-    table = Table(title=title, caption=caption)
-    table.add_column("method", no_wrap=True)
-    table.add_column("placement")
+    rows = content["rows"]
     kinds = [kind for kind in KINDS if any(kind in row["communication"] for row in rows)]
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    for row in rows:
-        vector = _BYTES_OF_A_PARAMETER * row["parameters"]
-        cells = [
-            f"{traffic['count']:.4g}: {traffic['num_bytes'] / vector:.3f}"
-            if (traffic := row["communication"].get(kind))
-            else "-"
-            for kind in kinds
-        ]
-        table.add_row(row["method"], row["placement"], *cells)
-    return table
 
+    def cell(row: Row, kind: str) -> str:
+        traffic, vector = row["communication"].get(kind), _BYTES_OF_A_PARAMETER * row["parameters"]
+        return f"{traffic['count']:.4g}: {traffic['num_bytes'] / vector:.3f}" if traffic else "-"
 
-def model_table(title: str, weak_batch: int, strong_batch: int, rows: Sequence[Row]) -> Table:
-    """Lays out predicted efficiencies, and times beside the gradient step's."""
-    most = _SHOWN_DEVICES[-1]
     caption = (
-        f"Efficiency: the share of the ideal speed. Weak: {weak_batch} examples a device; strong: {strong_batch} in "
-        "all. In gradient steps: the time of a step over the gradient step's, weak, on as many devices. Computing and "
-        "communicating take turns; bytes go round a ring, messages wait for one another as in a tree. Arithmetic on "
-        "vectors of parameters, which the memory bounds, is left out."
+        f"Communicated in a step, {rows[0]['parameters']:,} parameters: how many collectives, of how many bytes, 1 "
     )
-    table = Table(title=title, caption=caption)
-    table.add_column("method", no_wrap=True)
-    table.add_column("placement")
-    for scaling in ("weak", "strong"):
-        for count in _SHOWN_DEVICES:
-            table.add_column(f"{scaling}, {count}", justify="right")
-    table.add_column("in gradient steps, 1 device", justify="right")
-    table.add_column(f"of {most}", justify="right")
+    caption += "being a vector of all parameters. From XLA's programs for 4 CPU devices; loops by their iterations, "
+    caption += (
+        "TSO-ALRA's refreshes by how often they are. XLA for CPUs has no reduce-scatter: where there is one, FSDP's "
+    )
+    caption += "all-reduces send half as much."
+    shown = [
+        {"method": row["method"], "placement": row["placement"]} | {k: cell(row, k) for k in kinds} for row in rows
+    ]
+    return table(shown, caption)
+
+
+def model_table(content: Row) -> str:
+    """Lays out predicted efficiencies, and times beside the gradient step's."""
+    most, rows = _SHOWN_DEVICES[-1], content["rows"]
     yardsticks = {row["placement"]: _by_devices(row) for row in reversed(rows)}  # the gradient step is the first
-    for row in rows:
+
+    def shown(row: Row) -> dict[str, str]:
         found, yardstick = _by_devices(row), yardsticks[row["placement"]]
-        table.add_row(
-            row["method"],
-            row["placement"],
-            *(f"{found[count][f'{way}_efficiency']:.3f}" for way in ("weak", "strong") for count in _SHOWN_DEVICES),
-            *(f"{found[count]['weak_seconds'] / yardstick[count]['weak_seconds']:.2f}" for count in (1, most)),
-        )
-    return table
+        ways = [(way, count) for way in ("weak", "strong") for count in _SHOWN_DEVICES]
+        ratio = {count: found[count]["weak_seconds"] / yardstick[count]["weak_seconds"] for count in (1, most)}
+        efficiencies = {f"{way}, {count}": f"{found[count][f'{way}_efficiency']:.3f}" for way, count in ways}
+        times = {"in gradient steps, 1 device": f"{ratio[1]:.2f}", f"of {most}": f"{ratio[most]:.2f}"}
+        return {"method": row["method"], "placement": row["placement"], **efficiencies, **times}
+
+    caption = f"{content['title']}. Efficiency: the share of the ideal speed. Weak: {content['weak_batch']} examples a "
+    caption += (
+        f"device; strong: {content['strong_batch']} in all. In gradient steps: the time of a step over the gradient "
+    )
+    caption += (
+        "step's, weak, on as many devices. Computing and communicating take turns; bytes go round a ring, messages "
+    )
+    caption += (
+        "wait for one another as in a tree. Arithmetic on vectors of parameters, which the memory bounds, is left out."
+    )
+    return table(map(shown, rows), caption)
 
 
 def _by_devices(row: Row) -> dict[int, Row]:
     return {prediction["devices"]: prediction for prediction in row["predictions"]}
 
 
-def draw_against(title: str, varied: str, rows: Sequence[Row]) -> Figure:
+def draw_against(content: Row) -> Figure:
     """Draws times over parameters or batches: beside the gradient step's, and beside the floor."""
-    panels: Curves = {}
+    varied, panels = content["varied"], dict[str, dict[str, tuple[ArrayLike, ArrayLike]]]()
     for heading, unit in (("of the gradient step's", None), ("of the floor", "floor")):
         panels[heading] = {
             name: (
                 [row[varied] for row in mine],
                 [row["ratio_quartiles"][1] / (row[unit] if unit else 1) for row in mine],
             )
-            for name, mine in _by_method([row for row in rows if row["fits"]]).items()
+            for name, mine in _by_method([row for row in content["rows"] if row["fits"]]).items()
         }
     figure = draw_panels(
-        title, panels, varied.replace("_", " "), "time of a step, as a multiple", num_columns=2, log=True
+        content["title"], panels, varied.replace("_", " "), "time of a step, as a multiple", num_columns=2, log=True
     )
     return _log_x(figure, base=10 if varied == "parameters" else 2)
 
 
-def draw_orders(title: str, rows: Sequence[Row]) -> Figure:
+def draw_orders(content: Row) -> Figure:
     """Draws times over Krylov orders, beside the floors: a panel each."""
-    panels: Curves = {}
+    panels, rows = dict[str, dict[str, tuple[ArrayLike, ArrayLike]]](), content["rows"]
     for family in dict.fromkeys(row["family"] for row in rows):
         mine = [row for row in rows if row["family"] == family and row["fits"]]
         orders = [row["order"] for row in mine]
@@ -164,32 +142,32 @@ def draw_orders(title: str, rows: Sequence[Row]) -> Figure:
             "FLOPs": (orders, [row["flops_ratio"] for row in mine]),
             "floor": (orders, [row["floor"] for row in mine]),
         }
-    figure = draw_panels(title, panels, "products a step", "gradient steps", num_columns=3, log=True)
+    figure = draw_panels(content["title"], panels, "products a step", "gradient steps", num_columns=3, log=True)
     return _log_x(figure)
 
 
-def draw_devices(title: str, rows: Sequence[Row]) -> Figure:
+def draw_devices(content: Row) -> Figure:
     """Draws times on virtual devices beside those of one that does the same work."""
     panels = _scaling_panels(
         ("strong", "weak"),
-        rows,
+        content["rows"],
         lambda row, scaling: ([1, 2, 4], [1.0, *(row[f"{scaling} {count}"][1] for count in (2, 4))]),
     )
     figure = draw_panels(
-        title, panels, "devices, on the same cores", "time over one device's, same work", num_columns=2
+        content["title"], panels, "devices, on the same cores", "time over one device's, same work", num_columns=2
     )
     return _log_x(figure)
 
 
-def draw_model(title: str, rows: Sequence[Row]) -> Figure:
+def draw_model(content: Row) -> Figure:
     """Draws predicted efficiencies over the number of devices."""
 
     def curve(row: Row, scaling: str) -> tuple[ArrayLike, ArrayLike]:
         predictions = row["predictions"]
         return [each["devices"] for each in predictions], [each[f"{scaling}_efficiency"] for each in predictions]
 
-    panels = _scaling_panels(("weak", "strong"), rows, curve)
-    figure = draw_panels(title, panels, "devices", "efficiency", num_columns=2)
+    panels = _scaling_panels(("weak", "strong"), content["rows"], curve)
+    figure = draw_panels(content["title"], panels, "devices", "efficiency", num_columns=2)
     for panel in figure.axes:
         panel.set_ylim(0, 1.05)
     return _log_x(figure)

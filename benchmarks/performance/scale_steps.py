@@ -13,14 +13,16 @@ import numpy as np
 import optax
 
 import optcurv
+from benchmarks.core.data import Dataset
 from benchmarks.core.methods import GRADIENT_DESCENT, METHODS, Method
-from benchmarks.core.models import Batch, Mlp, Task, classification_loss
-from benchmarks.core.training import State, train_step
+from benchmarks.core.methods import edf as edf_method
+from benchmarks.core.models import NUM_CLASSES, Batch, Mlp, classification_loss
+from benchmarks.core.task import Task
+from benchmarks.core.train import State, train_step
 from benchmarks.performance.cost import RUNGE_KUTTA, wide_trust_region
 from benchmarks.performance.programs import Cost, read_cost, total
 from optcurv.curvature import ProductFn
 
-NUM_CLASSES = 10
 _SECONDS_OF_A_MEASUREMENT = 0.03  # at least, of the yardstick's steps within a round
 _FEWEST_ROUNDS, _SECONDS_OF_ROUNDS = 3, 20  # after so long a time, few must do
 
@@ -62,10 +64,7 @@ class Candidate:
 
 def edf(max_iter: int, curvature: ProductFn) -> Candidate:
     """Returns EDF with so many products a step."""
-    letter, price = ("G", 4 / 3) if curvature is optcurv.gauss_newton_product else ("H", 2)
-    optimizer = functools.partial(optcurv.edf, max_iter=max_iter, curvature=curvature)
-    gradients = 1 + price * max_iter
-    return Candidate(Method(f"EDF-{letter} k={max_iter}", optimizer, "learning rate", (1.0,), gradients))
+    return Candidate(edf_method(max_iter, curvature, (1.0,)))
 
 
 def trust_region(iterations: int) -> Candidate:
@@ -90,7 +89,7 @@ def _when(count: int, age: int) -> Clock:
 
 
 TSO_ALRA = Candidate(
-    Method("TSO-ALRA", _tso_alra, "learning rate", (0.01,), 1),
+    Method("TSO-ALRA", _tso_alra, {"learning rate": (0.01,)}),
     kinds=(
         Kind(0.89, _when(count=101, age=1)),  # nothing is due
         Kind(0.1, _when(count=110, age=1)),  # factors are, as at every tenth step
@@ -140,7 +139,9 @@ class Setup:
     @property
     def task(self) -> Task:
         """The network, whose layers are alike but for the last."""
-        return Task(Mlp((self.width,) * self.hidden_layers, NUM_CLASSES), classification_loss, has_accuracy=True)
+        example = Batch(np.zeros((1, self.width), np.float32), np.zeros(1, np.int32))  # pyright: ignore[reportArgumentType]
+        network = Mlp((self.width,) * self.hidden_layers)
+        return Task(network, classification_loss, Dataset(example, example), self.batch_size)
 
     @property
     def num_params(self) -> int:
@@ -166,8 +167,8 @@ class Setup:
             in_rows = self.placement is Placement.ROWS and leaf.shape[0] % self.num_devices == 0
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows if in_rows else everywhere)
 
-        params = jax.tree.map(place, jax.eval_shape(self.task.init, jax.random.key(0), self.batch_shapes))
-        optimizer = candidate.method.optimizer(candidate.method.grid[0])
+        params = jax.tree.map(place, jax.eval_shape(self.task.init, jax.random.key(0)))
+        optimizer = candidate.method.make(candidate.method.first_setting)
         of_state = optcurv.state_shardings(optimizer, params)
         shapes = jax.eval_shape(optimizer.init, params)
         return params, jax.tree.map(
@@ -183,7 +184,7 @@ class Setup:
             return jax.device_put(rng.standard_normal(leaf.shape, np.float32) * leaf.shape[0] ** -0.5, leaf.sharding)
 
         params = jax.tree.map(draw, params)
-        init = candidate.method.optimizer(candidate.method.grid[0]).init
+        init = candidate.method.make(candidate.method.first_setting).init
         shardings = jax.tree.map(lambda leaf: leaf.sharding, opt_state)
         return params, jax.jit(init, out_shardings=shardings)(params)
 
@@ -204,7 +205,7 @@ class Setup:
 @functools.lru_cache(maxsize=8)
 def compile_step(setup: Setup, candidate: Candidate, clock: Clock = ()) -> jax.stages.Compiled:
     """Returns the compiled step, which overwrites its state; with a clock, only what is due then."""
-    state, batch, setting = setup.state_shapes(candidate), setup.batch_shapes, candidate.method.grid[0]
+    state, batch, setting = setup.state_shapes(candidate), setup.batch_shapes, candidate.method.first_setting
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows, everywhere = setup.shardings()
 

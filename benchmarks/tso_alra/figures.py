@@ -1,23 +1,22 @@
-"""The pictures of the two-stage experiments."""
+"""The picture of the two-stage experiments."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from benchmarks.core.claims import mean_interval
-from benchmarks.core.style import draw_band, finish_losses, new_figure, save, styles
-from benchmarks.tso_alra.two_stages import Result
+from benchmarks.core.figures import draw_band, finish_losses, new_figure, styles
 
 
-def plot_stages(path: Path, title: str, results: Sequence[Result]) -> None:
-    """Draws the test loss of each family against epochs and seconds: mean over the seeds and its 95 % interval."""
+def draw_stages(content: Mapping[str, Any]) -> Figure:
+    """Draws each method's test loss against epochs and seconds: mean over the seeds and its 95 % interval."""
     figure = new_figure(11, 5.5)
     panels = figure.subplots(1, 2, sharey=True)
-    for result, style in zip(results, styles(), strict=False):
-        for panel, axis in zip(panels, ("epochs", "seconds"), strict=True):
-            x = np.mean([run.evaluations[axis] for run in result.final], axis=0)
-            mean, half_width = mean_interval([run.evaluations["test_loss"] for run in result.final])
-            draw_band(panel, x, np.array([mean - half_width, mean, mean + half_width]), result.family.name, style)
-    finish_losses(figure, panels, ("epochs", "time in seconds"), "test loss (negative log-likelihood)", title)
-    save(figure, path)
+    for (name, one), style in zip(content["methods"].items(), styles(), strict=False):
+        mean, half_width = np.asarray(one["curve"])
+        for panel, x in zip(panels, (np.arange(1, 1 + len(mean)), one["seconds"]), strict=True):
+            draw_band(panel, x, (mean - half_width, mean, mean + half_width), name, style)
+    label, title = "test loss (negative log-likelihood)", f"Fashion-MNIST, {content['network']}"
+    finish_losses(figure, panels, ("epochs", "time in seconds"), label, title)
+    return figure

@@ -2,26 +2,27 @@
 
 import contextlib
 import functools
-import itertools
 import json
-import math
 import os
 import subprocess
 import tempfile
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import optcurv
-from benchmarks.core.data import Dataset, digest
-from benchmarks.core.kept import Kept
-from benchmarks.core.models import Autoencoder, Batch, Cnn, Task, classification_loss
+from benchmarks.core.cache import Cache
+from benchmarks.core.data import Dataset
+from benchmarks.core.models import Autoencoder, Batch, Cnn, classification_loss
+from benchmarks.core.report import table
+from benchmarks.core.task import Task
+from benchmarks.core.tune import no_nan, settings
 from benchmarks.tso_alra.sides import Side, State
 
 REQUIREMENTS = ("jax==0.9.0", "kfac-jax==0.0.8")
@@ -42,26 +43,23 @@ def summed_reconstruction_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, batch.images).sum(axis=(1, 2, 3)).mean()
 
 
-class Network(NamedTuple):
-    """A task that both sides have, and the size of its batches."""
-
-    task: Task
-    batch_size: int
+NETWORKS = ("autoencoder", "cnn")
 
 
-NETWORKS = {
-    "autoencoder": Network(Task(Autoencoder(), summed_reconstruction_loss, has_accuracy=False), 500),
-    "cnn": Network(Task(Cnn(stride=2), classification_loss, has_accuracy=True), 128),
-}
+def make_task(network: str, images: Batch) -> Task:
+    """Returns a task that both sides have."""
+    data = Dataset(images, images)
+    if network == "autoencoder":
+        return Task(Autoencoder(), summed_reconstruction_loss, data, 500, metrics={})
+    return Task(Cnn(stride=2), classification_loss, data, 128)
 
 
 class OptcurvSide(Side):
     """Kronecker factors with momentum 0.9 and the norm of the update bounded by 1; arguments as in `KfacSide`."""
 
     def __init__(self, network: str, power: float, factor_every: int, root_every: int, data: str) -> None:
-        task = NETWORKS[network].task
-        images, labels = (np.load(data)[name] for name in ("images", "labels"))
-        params = task.init(jax.random.key(0), Batch(images[:1], labels[:1]))
+        task = make_task(network, Batch(*(jnp.asarray(np.load(data)[name]) for name in ("images", "labels"))))
+        params = task.init(jax.random.key(0))
         super().__init__(lambda params, *batch: task.loss(Batch(*batch))(params), params, data)
 
         def optimizer(setting: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
@@ -154,14 +152,13 @@ def measure_costs(sides: Mapping[str, Call]) -> dict[str, float]:
     return dict(zip(sides, (seconds[:, 1] / seconds[:, 0]).tolist(), strict=True))
 
 
-def tune(call: Call, grid: Mapping[str, tuple[float, ...]], seconds: float, report: Callable[[str], None]) -> dict:
+def best_of(call: Call, grid: Mapping[str, tuple[float, ...]], seconds: float, report: Callable[[str], None]) -> dict:
     """Returns the least loss after so many seconds, with its setting and steps."""
     results = []
-    for values in itertools.product(*grid.values()):
-        setting = dict(zip(grid, values, strict=True))
+    for setting in settings(grid):
         results.append({"setting": setting} | call("train", seconds, setting))
         report(f"{setting}: loss {results[-1]['loss']:.4g} after {results[-1]['steps']} steps")
-    return min(results, key=lambda result: np.nan_to_num(result["loss"], nan=math.inf))
+    return min(results, key=lambda result: no_nan(result["loss"]))
 
 
 @contextlib.contextmanager
@@ -183,51 +180,62 @@ def both_sides(python: Path, arguments: Mapping[str, Any], images: Batch, batch_
             yield sides
 
 
+def train_side(sides: Callable[[], Mapping[str, Call]], side: str, *call: Any) -> Any:
+    """Starts both sides if need be, and calls one."""
+    return sides()[side](*call)
+
+
+def cost_of_sides(sides: Callable[[], Mapping[str, Call]]) -> dict[str, float]:
+    """Starts both sides if need be, and times them."""
+    return measure_costs(sides())
+
+
 def compare(
     dataset: Dataset,
     python: Path,
     name: str,
     power: float,
     seconds: float,
-    kept: Kept,
+    cache: Cache,
     report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Measures both sides on one network: costs of steps, and the loss after equal seconds at the best setting."""
-    task, batch_size = NETWORKS[name]
     images = Batch(*(array[:_NUM_IMAGES] for array in dataset.train))
-    arguments = {"network": name, "power": power} | SCHEDULE
-    key = {"task": task.description, "arguments": arguments, "batch_size": batch_size, "data": digest(images)}
-    key["peer"] = REQUIREMENTS
+    task, arguments = make_task(name, images), {"network": name, "power": power} | SCHEDULE
+    key = task.description | {"arguments": arguments, "peer": REQUIREMENTS}
     with contextlib.ExitStack() as stack:
 
         @functools.cache
         def sides() -> dict[str, Call]:  # started only if anything is left to measure
-            return stack.enter_context(both_sides(python, arguments, images, batch_size))
+            return stack.enter_context(both_sides(python, arguments, images, task.batch_size))
 
         def train(side: str, method: str, seconds: float, setting: dict[str, float]) -> dict[str, float]:
             run = {"side": side, "seconds": seconds, "setting": setting}
-            return kept.get("peer-training", key | run, lambda: sides()[side](method, seconds, setting))
+            return cache.get(key | run, train_side, sides, side, method, seconds, setting)
 
-        costs = kept.get("peer-cost", key, lambda: measure_costs(sides()))
+        costs = cache.get(key, cost_of_sides, sides)
         return {
-            side: {"cost": cost} | tune(functools.partial(train, side), GRIDS[side][power], seconds, report)
+            side: {"cost": cost} | best_of(functools.partial(train, side), GRIDS[side][power], seconds, report)
             for side, cost in costs.items()
         }
 
 
-def results_table(results: Mapping[str, Mapping[str, Any]], seconds: float) -> Table:
+def results_table(content: Mapping[str, Any]) -> str:
     """Lays the figures out."""
-    title = f"optcurv beside kfac-jax 0.0.8, factors every 10 steps, roots every 100; loss after {seconds:g} s"
-    caption = "A step: the average over two cycles, as a multiple of the same side's gradient step."
-    table = Table(title=title, caption=caption)
-    for column in ("network, power", "side"):
-        table.add_column(column, no_wrap=True)
-    for column in ("a step", "steps taken", "training loss"):
-        table.add_column(column, justify="right")
-    table.add_column("best setting")
-    for case, sides in results.items():
-        for side, row in sides.items():
-            setting = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
-            table.add_row(case, side, f"{row['cost']:.2f}", str(row["steps"]), f"{row['loss']:.4g}", setting)
-        table.add_section()
-    return table
+    rows = [
+        {
+            "network, power": case,
+            "side": side,
+            "a step": f"{row['cost']:.2f}",
+            "steps taken": str(row["steps"]),
+            "training loss": f"{row['loss']:.4g}",
+            "best setting": ", ".join(f"{name} {value:g}" for name, value in row["setting"].items()),
+        }
+        for case, sides in content["results"].items()
+        for side, row in sides.items()
+    ]
+    caption = f"Factors every {SCHEDULE['factor_every']} steps, roots every {SCHEDULE['root_every']}; loss after "
+    caption += (
+        f"{content['seconds']:g} s. A step: the average over two cycles, as a multiple of the same side's gradient "
+    )
+    return table(rows, caption + "step.")

@@ -1,22 +1,24 @@
 """What a preconditioned step costs, refreshed more or less often, and what the loss after equal steps makes of it."""
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from rich.table import Table
 
 import optcurv
-from benchmarks.core.data import Dataset
-from benchmarks.core.kept import Kept
-from benchmarks.core.methods import GRADIENT_DESCENT, Method
+from benchmarks.core.cache import Cache
+from benchmarks.core.data import Dataset, digest
+from benchmarks.core.methods import GRADIENT_DESCENT, Method, Setting
 from benchmarks.core.models import Batch
-from benchmarks.core.timing import CompiledStep, Workload, random_batch
-from benchmarks.core.training import Problem, Trainer
+from benchmarks.core.report import table
+from benchmarks.core.task import Task
+from benchmarks.core.timing import CompiledStep
+from benchmarks.core.train import Run, Trainer, after_steps
+from benchmarks.core.tune import TUNING_SEED, tune
 
 NUM_STEPS = 200
 """Steps after which losses are compared: two refreshes at the defaults."""
@@ -59,13 +61,12 @@ def make_method(schedule: Schedule, factor_decay: float = 0.95) -> Method:
         bound, momentum = optax.clip_by_global_norm(1.0), optax.trace(0.9)
         return optax.chain(preconditioner, bound, momentum, optax.scale_by_learning_rate(learning_rate))
 
-    return Method(schedule.name, optimizer, "learning rate", _RATES, 1)
+    return Method(schedule.name, optimizer, {"learning rate": _RATES})
 
 
-def measure_cost(workload: Workload, schedule: Schedule) -> dict[str, float]:
+def measure_cost(task: Task, schedule: Schedule) -> dict[str, float]:
     """Times a cycle of refreshes, a gradient step before each step; the first ones, with their own refreshes, aside."""
-    batch = random_batch(workload.batch_size)
-    gradient, stepper = (CompiledStep(workload, method, batch) for method in (GRADIENT_DESCENT, make_method(schedule)))
+    gradient, stepper = (CompiledStep(task, method) for method in (GRADIENT_DESCENT, make_method(schedule)))
     num_steps = max(schedule.root_every, 40)
     times, ages = [], []
     for _ in range(_EARLY + num_steps):
@@ -83,38 +84,37 @@ def measure_cost(workload: Workload, schedule: Schedule) -> dict[str, float]:
     }
 
 
+def train(trainer: Trainer, setting: Setting, num_steps: int) -> Run:
+    """Takes so many steps, and evaluates at the end."""
+    return trainer.run(setting, TUNING_SEED, after_steps([num_steps]))
+
+
 def measure_loss(
-    workload: Workload, dataset: Dataset, schedule: Schedule, num_steps: int, kept: Kept, report: Callable[[str], None]
-) -> dict[str, float]:
+    task: Task, schedule: Schedule, num_steps: int, cache: Cache, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Returns the training loss after so many steps at the best rate, and that rate."""
-    problem = Problem(workload.task, dataset, workload.batch_size, num_steps)
     method = make_method(schedule)
-    trainer = Trainer(problem, method)
+    trainer = Trainer(task, method)
 
-    def final_loss(rate: float) -> float:
-        run = trainer.run(rate, seed=0, num_evaluations=1, report=lambda gradients, loss: None)
-        return run.final("train_loss")
+    def run(setting: Setting) -> Run:
+        key = task.description | {"schedule": schedule, "setting": setting, "num_steps": num_steps}
+        found = cache.get(key, train, trainer, setting, num_steps)
+        report(f"{schedule.name}, learning rate {setting['learning rate']:g}: loss {found.final['train_loss']:.4f}")
+        return found
 
-    losses = {}
-    for rate in _RATES:
-        key = problem.key(method, schedule=schedule, setting=rate)
-        losses[rate] = kept.get("refresh-loss", key, functools.partial(final_loss, rate))
-        losses[rate] = np.nan_to_num(losses[rate], nan=math.inf)
-        report(f"{schedule.name}, learning rate {rate:g}: loss {losses[rate]:.4f}")
-    best = min(losses, key=losses.__getitem__)
-    return {"train_loss": float(losses[best]), "learning_rate": best}
+    best = tune(method, run, "train_loss").best
+    return {"train_loss": best.final["train_loss"], "learning_rate": best.setting["learning rate"]}
 
 
-def measure_drift(workload: Workload, dataset: Dataset, num_steps: int) -> float:
+def measure_drift(task: Task, dataset: Dataset, num_steps: int) -> float:
     """Returns how many times as long a step takes at the end as it did at first, each relative to gradient steps.
 
     The first batch lights every pixel, later ones never those at the rims of the images, whose statistics then fade
     through numbers that are slow where they are not flushed to zero.
     """
-    noise = random_batch(workload.batch_size)
-    images = Batch(*(array[: workload.batch_size] for array in dataset.train))
+    images = Batch(*(array[: task.batch_size] for array in dataset.train))
     method = make_method(SCHEDULES[0], factor_decay=0.5)
-    gradient, stepper = (CompiledStep(workload, each, noise) for each in (GRADIENT_DESCENT, method))
+    gradient, stepper = (CompiledStep(task, each) for each in (GRADIENT_DESCENT, method))
     stepper.seconds(1)
     stepper.batch = images
     chunk = num_steps // 20
@@ -122,27 +122,60 @@ def measure_drift(workload: Workload, dataset: Dataset, num_steps: int) -> float
     return float(np.median(ratios[-5:]) / np.median(ratios[1:6]))
 
 
-def results_table(title: str, rows: dict[str, dict[str, Any]], num_steps: int, drift: float, drift_steps: int) -> Table:
-    """Lays the figures out."""
-    caption = (
-        "Quiet (refreshing nothing, the median), average and longest step: ratios to a gradient step.\n"
-        f"After {drift_steps} steps with fading statistics a step takes {drift:.2f} times as long as at first."
+def measure(
+    task: Task,
+    dataset: Dataset,
+    schedules: tuple[Schedule, ...],
+    quick: bool,
+    cache: Cache,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Returns costs of steps on noise, losses after equally many on images, and how a step's time drifts."""
+    num_steps, drift_steps = (10, 40) if quick else (NUM_STEPS, DRIFT_STEPS)
+    rows = {}
+    for schedule in schedules:
+        found = cache.get(task.description | {"schedule": schedule}, measure_cost, task, schedule)
+        report(f"{schedule.name}: timed")
+        on_images = dataclasses.replace(task, data=dataset)
+        rows[schedule.name] = found | measure_loss(on_images, schedule, num_steps, cache, report)
+    drift = cache.get(
+        task.description | {"steps": drift_steps, "images": digest(dataset.train)},
+        measure_drift,
+        task,
+        dataset,
+        drift_steps,
     )
-    table = Table(title=title, caption=caption)
-    table.add_column("schedule", no_wrap=True)
-    for column in ("factors", "roots", "rank", "quiet", "average", "longest", "compile s", "of the gradient step's"):
-        table.add_column(column, justify="right")
-    table.add_column(f"train loss after {num_steps} steps", justify="right")
-    for schedule in SCHEDULES:
-        if (row := rows.get(schedule.name)) is None:
-            continue
-        table.add_row(
-            schedule.name,
-            *(str(number) for number in (schedule.factor_every, schedule.root_every, schedule.rank or "all")),
-            "-" if math.isnan(row["quiet"]) else f"{row['quiet']:.2f}",
-            *(f"{row[name]:.2f}" for name in ("average", "longest")),
-            f"{row['compile_seconds']:.1f}",
-            f"{row['compile_seconds'] / row['gradient_compile_seconds']:.1f}",
-            f"{row['train_loss']:.4f} at {row['learning_rate']:g}",
-        )
-    return table
+    return {
+        "batch_size": task.batch_size,
+        "num_steps": num_steps,
+        "drift_steps": drift_steps,
+        "drift": drift,
+        "rows": rows,
+    }
+
+
+def results_table(content: Mapping[str, Any]) -> str:
+    """Lays the figures out."""
+
+    def row(schedule: Schedule) -> dict[str, str]:
+        one = content["rows"][schedule.name]
+        return {
+            "schedule": schedule.name,
+            "factors": str(schedule.factor_every),
+            "roots": str(schedule.root_every),
+            "rank": str(schedule.rank or "all"),
+            "quiet": "-" if math.isnan(one["quiet"]) else f"{one['quiet']:.2f}",
+            **{name: f"{one[name]:.2f}" for name in ("average", "longest")},
+            "compile s": f"{one['compile_seconds']:.1f}",
+            "of the gradient step's": f"{one['compile_seconds'] / one['gradient_compile_seconds']:.1f}",
+            f"train loss after {content['num_steps']} steps": f"{one['train_loss']:.4f} at {one['learning_rate']:g}",
+        }
+
+    caption = (
+        f"Batch {content['batch_size']}. A quiet step refreshes nothing; quiet (the median), average and longest step "
+    )
+    caption += "are ratios to a gradient step. After "
+    caption += (
+        f"{content['drift_steps']} steps with fading statistics a step takes {content['drift']:.2f} times as long "
+    )
+    return table((row(each) for each in SCHEDULES if each.name in content["rows"]), caption + "as at first.")
