@@ -12,6 +12,7 @@ from optcurv.landscape.batch_stats import recomputed_batch_stats
 from optcurv.landscape.comparisons import barrier_height, basin_width, functional_distance, label_disagreement
 from optcurv.landscape.diagonal_mass import diagonal_mass, least_squares_diagonal_mass, wigner_diagonal_mass
 from optcurv.landscape.directions import plane_coordinates, random_direction
+from optcurv.landscape.plots import plot_line, plot_plane, plot_spectrum, plot_surface
 from optcurv.landscape.slices import (
     absolute_line,
     barycentric,
@@ -87,6 +88,10 @@ __all__ = [
     "pal",
     "plane",
     "plane_coordinates",
+    "plot_line",
+    "plot_plane",
+    "plot_spectrum",
+    "plot_surface",
     "random_direction",
     "recomputed_batch_stats",
     "rmsprop_norm",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optcurv.arguments import PyTree, ValueFn
+from optcurv.arguments import PyTree, ValueFn, check_function, describe
 from optcurv.curvature import Composite
 
 
@@ -38,6 +38,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
 
     Raises:
       ValueError: if the arrays differ in their first axis, or have none.
+      TypeError: if `loss_of_batch` is no function of a batch, or returns none of the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
@@ -48,6 +49,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
       >>> print(loss(w), jax.grad(loss)(w).round(2), jax.grad(loss_of_batch(x))(w).round(2))
       1.0 [-10. -12.] [-10. -12.]
     """
+    check_function("loss_of_batch", loss_of_batch, "batch", "which returns the loss as a function of params")
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
     if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
         raise ValueError(
@@ -63,6 +65,11 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
         return (jnp.mean(values[0]), values[1]) if isinstance(values, tuple) else jnp.mean(values)
 
     kind = loss_of_batch(jax.tree.map(lambda leaf: leaf[0], batches))
+    if not callable(kind):
+        raise TypeError(
+            "loss_of_batch must return the loss as a function of params, as in "
+            f"lambda batch: lambda params: loss(params, batch); it returned {describe(kind)}."
+        )
     if not isinstance(kind, Composite):
         return value_fn
 

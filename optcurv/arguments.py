@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -36,11 +37,12 @@ def check_number(
     if callable(value) and not constant:
         check_function(name, value, "count", "if it is no number, as optax's schedules are")
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         kind = "a number" if constant else "a number or a schedule"
         raise TypeError(f"{name} must be {kind}, got {describe(value)}.")
-    below = value <= minimum if exclusive else value < minimum
-    if below or value > maximum or not math.isfinite(value):
+    number = float(value)
+    below = number <= minimum if exclusive else number < minimum
+    if below or number > maximum or not math.isfinite(number):
         lower = "" if minimum == -math.inf else f", {'>' if exclusive else '>='} {minimum:g}"
         upper = f" and <= {maximum:g}" if maximum < math.inf else ""
         raise ValueError(f"{name} must be finite{lower}{upper}, got {value!r}.")
@@ -54,6 +56,15 @@ def check_count(name: str, value: Any) -> None:
         )
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raises `TypeError` unless `value` is an integer, of Python, NumPy or JAX."""
+    whole = isinstance(value, numbers.Integral) or (
+        isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    )
+    if isinstance(value, bool) or not whole:
+        raise TypeError(f"{name} must be an integer, got {describe(value)}.")
 
 
 def check_function(name: str, value: Any, arguments: str, remedy: str) -> None:

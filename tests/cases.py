@@ -14,6 +14,20 @@ import pytest
 import optcurv
 
 
+@dataclasses.dataclass(frozen=True)
+class Fuzz:
+    """What `laws/test_fuzz.py` does with a row.
+
+    Attributes:
+      ranges: of the numeric options that are drawn, on a logarithmic scale. The others are the row's.
+      spikes_in_a_row: whether it bears a spike that it cannot tell from a new scale: the first batch of all, or one
+        just after another. Plain gradient descent follows it as far as it says.
+    """
+
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    spikes_in_a_row: bool = True
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A method and what the laws must know of it.
@@ -33,6 +47,7 @@ class Case:
       rosenbrock: other arguments for Rosenbrock's function, whose curvature is up to a thousand.
       state_by_path: whether its state holds dictionaries by path, which `optax.tree.map_params` cannot follow.
       public: the public constructors that it stands for; default: the factory.
+      fuzz: how it is fuzzed, unless `laws/test_fuzz.py` has programs of its own for the method.
     """
 
     name: str
@@ -47,6 +62,7 @@ class Case:
     public: tuple[Callable, ...] = ()
     variant: bool = False
     optax_first: bool = False
+    fuzz: Fuzz = Fuzz()
 
     def make(self, **others: Any) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.options | others)

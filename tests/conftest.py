@@ -8,7 +8,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+os.environ["MPLBACKEND"] = "agg"  # no windows
+
 import jax  # noqa: E402  it reads the environment
+import pytest  # noqa: E402
 
 # Four CPU devices on one machine, for the sharding laws; it must be said before JAX starts its backends.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -17,3 +20,15 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # Their tolerances are those of float32, not of the shorter products that some accelerators take for it.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
+def pytest_cmdline_main(config):
+    """Tests run in parallel where pytest-xdist is installed, unless `-n` says otherwise."""
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if options.numprocesses is None and not options.usepdb:
+        options.numprocesses = config.hook.pytest_xdist_auto_num_workers(config=config)
+    if options.numprocesses and options.dist == "no":
+        options.dist = "loadgroup"

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     FACE: {HALL, "kronecker", "landscape", "methods"},
 }
 THIRD_PARTY = {"chex", "jax", "optax"}
-INSIDE_FUNCTIONS = {"flax"}  # imported on first use
+ON_FIRST_USE = {"curvature.py": {"flax"}, "landscape/plots.py": {"matplotlib", "mpl_toolkits"}}  # inside functions
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 every_file = pytest.mark.parametrize("name", FILES)
 
@@ -30,12 +30,20 @@ def room_of(name):
     return first if rest else FACE if first == FACE else HALL
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, at_once=False):
+    """The modules that a file names; `at_once`: those that Python imports together with the file."""
+    waiting = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.ImportFrom):
             yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        later = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if not (at_once and later):
+            waiting.extend(ast.iter_child_nodes(node))
 
 
 @every_file
@@ -50,8 +58,16 @@ def test_walls(name):
                 "to the hall, or pass it as an argument."
             )
         else:
-            allowed = THIRD_PARTY | INSIDE_FUNCTIONS | sys.stdlib_module_names
+            allowed = THIRD_PARTY | ON_FIRST_USE.get(name, set()) | sys.stdlib_module_names
             assert package in allowed, f"{name} imports {package}: the library depends on {sorted(THIRD_PARTY)} alone."
+
+
+@pytest.mark.parametrize("name", ON_FIRST_USE)
+def test_what_few_need_is_imported_on_first_use(name):
+    for module in imports(FILES[name], at_once=True):
+        assert module.partition(".")[0] not in ON_FIRST_USE[name], (
+            f"{name}: import {module} inside the function using it."
+        )
 
 
 def test_no_module_imports_itself_by_way_of_others():

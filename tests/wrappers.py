@@ -68,6 +68,7 @@ WRAPPERS = [
         error=TypeError,
         message="unexpected keyword",
     ),
-    # The method sees one flat vector, the closure wants the tree.
+    # The method sees one flat vector; `grad` and what the closure wants are trees. The check of the arguments says so,
+    # also for a method that calls no closure.
     Wrapper("flatten", lambda case: optax.flatten(case.make()), error=ValueError, message="unpack|structure"),
 ]

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -20,8 +19,6 @@ from PIL import Image
 _COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#999999")
 _LINES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
-_LEVELS = 12
-_MAP = "cividis"  # its lightness grows evenly: readable in black and white, and by the colour-blind
 _DPI = 90
 _NUM_COLOURS = 128
 
@@ -73,88 +70,6 @@ def draw_band(panel: Axes, x: ArrayLike, band: Sequence[ArrayLike], name: str, s
     x, (low, line, high) = np.asarray(x), (np.asarray(part, np.float64) for part in band)
     panel.plot(x, line, label=name, markevery=max(1, len(x) // 8), **style)
     panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def draw_lines(
-    title: str, x: ArrayLike, curves: Mapping[str, ArrayLike], x_label: str, y_label: str, *, log: bool = False
-) -> Figure:
-    """Draws curves over a common axis."""
-    figure = new_figure(7, 4.5)
-    panel = figure.subplots()
-    x = np.asarray(x)
-    for (name, y), style in zip(curves.items(), styles(), strict=False):
-        panel.plot(x, np.asarray(y), label=name, markevery=max(1, len(x) // 8), **style)
-    panel.set(xlabel=x_label, ylabel=y_label, title=title)
-    panel.grid(visible=True, alpha=0.3)
-    if log:
-        log_axis(panel)
-    if len(curves) > 1:
-        figure.legend(loc="outside lower center", ncols=4, handlelength=4)
-    return figure
-
-
-def draw_plane(
-    title: str,
-    x: ArrayLike,
-    y: ArrayLike,
-    values: ArrayLike,
-    x_label: str,
-    y_label: str,
-    value_label: str,
-    *,
-    paths: Mapping[str, ArrayLike] | None = None,
-    log: bool = False,
-) -> Figure:
-    """Draws values of shape (n, m) over x, of shape (n,), and y, of shape (m,): contours, and the surface beside them.
-
-    Paths, of shape (points, 2), are drawn over the contours; a path of one point is a mark. With `log`, levels and
-    heights are logarithms to base 10. What is not finite stays blank.
-    """
-    x, y, heights = np.asarray(x), np.asarray(y), np.asarray(values, np.float64)
-    heights = np.where(np.isfinite(heights), heights, np.nan)
-    if log:
-        heights, value_label = np.log10(heights), f"log₁₀ {value_label}"
-    figure = new_figure(11, 4.8)
-    grid = figure.add_gridspec(1, 2)
-    flat = figure.add_subplot(grid[0])
-    filled = flat.contourf(x, y, heights.T, levels=_LEVELS, cmap=_MAP)
-    flat.contour(x, y, heights.T, levels=filled.levels, colors="white", linewidths=0.4)
-    figure.colorbar(filled, ax=flat, label=value_label)
-    for (name, points), style in zip((paths or {}).items(), styles(), strict=False):
-        _draw_path(flat, name, np.asarray(points), style)
-    flat.set(xlabel=x_label, ylabel=y_label, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
-    solid = figure.add_subplot(grid[1], projection="3d")
-    assert isinstance(solid, Axes3D)
-    solid.plot_surface(*np.meshgrid(x, y, indexing="ij"), heights, cmap=_MAP, linewidth=0.2, edgecolor="0.3")
-    solid.set(xlabel=x_label, ylabel=y_label, zlabel=value_label)
-    solid.locator_params(nbins=5)
-    solid.set_box_aspect(None, zoom=0.85)  # pyright: ignore[reportArgumentType]: room for the label of the heights
-    figure.suptitle(title)
-    if paths:
-        figure.legend(loc="outside lower center", ncols=4, handlelength=4)
-    return figure
-
-
-def _draw_path(panel: Axes, name: str, points: np.ndarray, style: Mapping[str, Any]) -> None:
-    """Draws a line with a white rim, so that it stands out from light and from dark."""
-    every = max(1, len(points) // 8)
-    panel.plot(*points.T, color="white", linewidth=3.5)
-    panel.plot(*points.T, label=name, markevery=every, markeredgecolor="white", **style)
-
-
-def draw_spectrum(
-    title: str, x: ArrayLike, densities: Mapping[str, ArrayLike], eigenvalues: ArrayLike | None = None
-) -> Figure:
-    """Draws densities over eigenvalues x, on a logarithmic axis, and marks single eigenvalues on its lower edge."""
-    figure = draw_lines(title, x, densities, "eigenvalue", "density", log=True)
-    panel = figure.axes[0]
-    highest = max(np.max(np.asarray(density)) for density in densities.values())
-    panel.set_ylim(1e-6 * highest, 3 * highest)
-    if eigenvalues is not None:
-        found = np.asarray(eigenvalues)
-        low, _ = panel.get_ylim()
-        panel.plot(found, np.full(len(found), low), "|", color="black", markersize=18)
-    return figure
 
 
 def draw_panels(

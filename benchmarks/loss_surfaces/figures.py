@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from benchmarks.core.figures import draw_lines, draw_panels, draw_plane, new_figure
+import optcurv
+from benchmarks.core.figures import draw_panels, new_figure
 from benchmarks.loss_surfaces.experiments import Curves, Minima, Switching
 
 _LOSS = "training loss"
@@ -19,11 +20,11 @@ def draw_page(name: str, content: Mapping[str, Any]) -> dict[str, Figure]:
     """Draws what the page shows of a summary, by the names of the files."""
     if name.startswith("minima"):
         network = content["network"]
-        surface = content["surface"]
-        plane = draw_plane(f"{network}: SGD | Adam", surface["x"], surface["y"], surface["loss"], "α", "β", _LOSS)
+        plane = draw_plane(f"{network}: SGD | Adam", **content["surface"])
         lines = content["around_end"]
+        panels = {"": {method: (lines["x"], losses) for method, losses in lines["by_name"].items()}}
         title = f"{network}: from the end towards the initialisation and beyond, one seed"
-        figure = draw_lines(title, lines["x"], lines["by_name"], "distance from the end", _LOSS)
+        figure = draw_panels(title, panels, "distance from the end", _LOSS)
         return {f"surface-{network}": plane, f"figure-6-{network}": bounded(figure, 1.5 * content["initial_loss"])}
     if name == "switching":
         title = "Switched optimisers"
@@ -74,7 +75,7 @@ def draw_minima(found: Minima) -> dict[str, Figure]:
         "functional distance from one end to the other",
     )
     squares = {
-        f"square-{name}-{i}": draw_plane(f"{name}: {title}", *square, "α", "β", _LOSS)
+        f"square-{name}-{i}": draw_plane(f"{name}: {title}", *square)
         for i, (title, square) in enumerate(found.squares.items(), start=1)
     }
     figures = {"accuracies": accuracies, "ends": ends, "between": between, "table": table}
@@ -100,6 +101,18 @@ def draw_switching(found: Switching) -> dict[str, Figure]:
         }
     title = f"{found.problem}: from the end of the first optimiser alone to that of switched runs"
     return {"figure-7-lines": bounded(draw_panels(title, panels, "α", _LOSS, num_columns=3))}
+
+
+def draw_plane(title: str, x: ArrayLike, y: ArrayLike, loss: ArrayLike) -> Figure:
+    """Draws contours, and the surface beside them."""
+    figure, surface = new_figure(11, 4.8), [np.asarray(part, np.float64) for part in (x, y, loss)]
+    grid = figure.add_gridspec(1, 2)
+    flat = optcurv.plot_plane(*surface, label=_LOSS, ax=figure.add_subplot(grid[0]))
+    solid = optcurv.plot_surface(*surface, label=_LOSS, ax=figure.add_subplot(grid[1], projection="3d"))
+    for panel in (flat, solid):
+        panel.set(xlabel="α", ylabel="β")
+    figure.suptitle(title)
+    return figure
 
 
 def bounded(figure: Figure, highest: float | None = None) -> Figure:

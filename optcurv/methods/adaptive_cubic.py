@@ -50,8 +50,9 @@ def adaptive_cubic(
     the trust region's sibling (footnote 5 of "Adaptive norms for deep learning with regularized Newton methods";
     Cartis, Gould and Toint 2011). The model is minimised globally in the Krylov space of `optcurv.gltr`. The step is
     taken if :math:`\rho \ge \eta_1`; σ shrinks to :math:`\max(\sigma / \gamma_1, \sigma_{\min})` if
-    :math:`\rho \ge \eta_2` and grows to :math:`\min(\gamma_2 \sigma, \sigma_{\max})` if the step is rejected. Extra
-    arguments, small decreases and rejections are as in `optcurv.trust_region`.
+    :math:`\rho \ge \eta_2` and the cubic term held the step back, that is, it is more than a tenth of the predicted
+    decrease or the curvature is negative; σ grows to :math:`\min(\gamma_2 \sigma, \sigma_{\max})` if the step is
+    rejected. Extra arguments, small decreases and rejections are as in `optcurv.trust_region`.
 
     Args:
       norm: M, as in `optcurv.trust_region`.
@@ -97,9 +98,11 @@ def adaptive_cubic(
     check_order("min_weight", min_weight, "initial_weight", initial_weight)
     check_order("initial_weight", initial_weight, "max_weight", max_weight)
 
-    def resize(weight: jax.Array, ratio: jax.Array, accepted: jax.Array, count: jax.Array) -> jax.Array:
+    def resize(
+        weight: jax.Array, ratio: jax.Array, accepted: jax.Array, held: jax.Array, count: jax.Array
+    ) -> jax.Array:
         shrunk = jnp.maximum(weight / scheduled(shrinkage, count), scheduled(min_weight, count))
-        kept = jnp.where(ratio >= scheduled(shrink_ratio, count), shrunk, weight)
+        kept = jnp.where(held & (ratio >= scheduled(shrink_ratio, count)), shrunk, weight)
         grown = jnp.minimum(weight * scheduled(growth, count), scheduled(max_weight, count))
         return jnp.where(accepted, kept, grown)
 

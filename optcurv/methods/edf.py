@@ -19,6 +19,7 @@ from optcurv.arguments import (
 )
 from optcurv.curvature import ProductFn, gauss_newton_product
 from optcurv.krylov import minres
+from optcurv.spikes import Watch, look, start_watch
 
 
 class EdfInfo(NamedTuple):
@@ -35,6 +36,7 @@ class EdfInfo(NamedTuple):
       breakdown: whether rounding turned the direction uphill although no negative curvature was met; the direction of
         one Krylov step then takes its place.
       finite: whether gradient and products were finite and a direction was found; if not, the direction is zero.
+      refused: whether the gradient was refused as a spike; likewise.
     """
 
     damping: jax.Array
@@ -44,12 +46,14 @@ class EdfInfo(NamedTuple):
     negative_curvature: jax.Array
     breakdown: jax.Array
     finite: jax.Array
+    refused: jax.Array
 
 
 class ScaleByEdfState(NamedTuple):
-    """State of `scale_by_edf`: the step count, for schedules, and the last step's info."""
+    """State of `scale_by_edf`: the step count, for schedules, the watch for spikes, and the last step's info."""
 
     count: jax.typing.ArrayLike
+    watch: Watch
     info: EdfInfo
 
 
@@ -71,6 +75,8 @@ def scale_by_edf(
 
     EDF-H as published may go uphill where the Hessian is indefinite; `info.cosine` shows it. Where no negative
     curvature was met and the direction still goes uphill, it is due to rounding, and the direction for k = 1 is taken.
+    A gradient a thousand times as large as any before is refused, unless it comes twice in a row: with b < 1 the
+    direction would grow with it.
 
     The update takes the extra arguments `value_fn` (required; for EDF-G an `optcurv.Composite`), `curvature_value_fn`
     (the loss on a smaller batch, for the products only; default `value_fn`) and `value` (optional; a loss that is not
@@ -109,10 +115,9 @@ def scale_by_edf(
     check_function("curvature", curvature, "value_fn, params", "such as optcurv.gauss_newton_product")
 
     def init(params: PyTree) -> ScaleByEdfState:
-        del params
-        zero, false = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
-        info = EdfInfo(zero, zero, jnp.zeros((), jnp.int32), zero, false, false, ~false)
-        return ScaleByEdfState(count=jnp.zeros((), jnp.int32), info=info)
+        zero, count, false = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        info = EdfInfo(zero, zero, count, zero, false, false, ~false, false)
+        return ScaleByEdfState(count=count, watch=start_watch(params), info=info)
 
     def update(
         updates: PyTree,
@@ -126,6 +131,7 @@ def scale_by_edf(
     ) -> tuple[PyTree, ScaleByEdfState]:
         del extra_args  # those of the other links in a chain
         gradient = at_least_float32(updates)
+        watch = look(state.watch, gradient)
         norm = optax.tree.norm(gradient)
         scale = scheduled(damping_scale, state.count, norm.dtype)
         damping = scale * norm ** scheduled(damping_power, state.count, norm.dtype)
@@ -136,7 +142,8 @@ def scale_by_edf(
         breakdown = (slope < 0) & ~krylov_info.negative_curvature
         direction = optax.tree.where(breakdown, optax.tree.scale(krylov_info.first_step, gradient), direction)
 
-        direction_norm = optax.tree.norm(direction)
+        direction = optax.tree.cast_like(direction, updates)
+        direction_norm = optax.tree.norm(at_least_float32(direction))
         found = (direction_norm > 0) | (norm == 0)
         finite = (
             jnp.isfinite(0.0 if value is None else value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm) & found
@@ -151,10 +158,10 @@ def scale_by_edf(
             negative_curvature=krylov_info.negative_curvature,
             breakdown=breakdown,
             finite=finite,
+            refused=watch.refused,
         )
-        direction = optax.tree.where(finite, direction, optax.tree.zeros_like(direction))
-        new_state = ScaleByEdfState(count=optax.safe_increment(state.count), info=info)
-        return optax.tree.cast_like(direction, updates), new_state
+        direction = optax.tree.where(finite & ~watch.refused, direction, optax.tree.zeros_like(direction))
+        return direction, ScaleByEdfState(count=optax.safe_increment(state.count), watch=watch, info=info)
 
     return checked("scale_by_edf", init, update)
 
@@ -177,6 +184,11 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformationEx
     The optimised parameters are y. In terms of the velocity :math:`e_n = w_n - w_{n-1}` this needs no parameters:
     :math:`e_n = u_n + m_{n-1} e_{n-1}` and the outgoing step is :math:`u_n + m_n e_n`, with
     :math:`m_n = (n-1)/(n+\alpha-1)`.
+
+    Where a step would undo more than a quarter of the velocity, :math:`\langle u_n, e_{n-1} \rangle < -\tfrac14
+    \|e_{n-1}\|^2`, the flow starts again from rest, with n = 1 (after O'Donoghue and Candès 2015, who restart at any
+    opposition; on mini-batches that happens so often that nothing is accelerated). The paper has no restart, and
+    diverges on mini-batches at a learning rate of 1.
 
     Args:
       alpha: α > 0, the friction; default 3, Nesterov's.
@@ -205,8 +217,10 @@ def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformationEx
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, ScaleByNesterovFlowState]:
         del params, extra_args
-        n = optax.safe_increment(state.count)
-        # At n = 1 the previous velocity is zero, so its factor does not matter.
+        step, velocity = at_least_float32(updates), at_least_float32(state.velocity)
+        restart = optax.tree.vdot(step, velocity) < -0.25 * optax.tree.norm(velocity, squared=True)
+        n = optax.safe_increment(jnp.where(restart, 0, state.count))
+        # At n = 1 the velocity does not matter: it is zero, or that of before the restart.
         old_factor, factor = jnp.maximum(n - 2, 0) / (n + alpha - 2), (n - 1) / (n + alpha - 1)
         velocity = optax.tree.add_scale(updates, old_factor, state.velocity)
         accelerated = optax.tree.add_scale(updates, factor, velocity)

@@ -1,5 +1,6 @@
 """The frame of Newton methods that regularise one model: a step, its ratio, and a size that follows the ratio."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from optcurv.arguments import (
     at_least_float32,
     check_function,
     check_number,
+    check_seed,
     checked,
     scalar_fn,
     scheduled,
@@ -66,7 +68,7 @@ def check_regularization(
 
 def check_order(name: str, value: Any, upper_name: str, upper: Any) -> None:
     """Raises if both are plain numbers and the first is the larger."""
-    if isinstance(value, int | float) and isinstance(upper, int | float) and value > upper:
+    if isinstance(value, numbers.Real) and isinstance(upper, numbers.Real) and float(value) > float(upper):
         raise ValueError(f"{name} must be at most {upper_name} = {upper:g}, got {value:g}.")
 
 
@@ -78,12 +80,16 @@ def regularized_newton(
     curvature: ProductFn,
     initial_size: chex.Numeric,
     accept_ratio: optax.ScalarOrSchedule,
-    resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    resize: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     seed: int,
 ) -> optax.GradientTransformationExtraArgs:
-    """The loop that both methods share: model, step, ratio, decision, size of the next model's region."""
+    """The loop that both methods share: model, step, ratio, decision, size of the next model's region.
+
+    `resize` takes the size, the ratio, whether the step was accepted, whether the region held it back, and the count.
+    """
     if not isinstance(norm, Norm):
         raise TypeError(f"norm must be an optcurv.Norm like optcurv.rmsprop_norm(), got {norm!r}.")
+    check_seed("seed", seed)
     check_function("solver", solver, "matvec, gradient, metric, radius, key", "such as optcurv.steihaug()")
     check_function("curvature", curvature, "value_fn, params", "such as optcurv.hessian_product")
 
@@ -130,7 +136,8 @@ def regularized_newton(
         ratio = decrease_ratio(value, decrease, found.predicted_decrease, noise)
         ratio = jnp.where(usable & (found.stop >= Stop.CONVERGED), ratio, -jnp.inf)
         accepted = ratio >= scheduled(accept_ratio, state.count)
-        size = resize(state.size, ratio, accepted, state.count).astype(state.size.dtype)
+        held = (found.stop == Stop.BOUNDARY) | (found.stop == Stop.NEGATIVE_CURVATURE)
+        size = resize(state.size, ratio, accepted, held, state.count).astype(state.size.dtype)
         info = info_type(
             *map(jnp.float32, (ratio, state.size)),
             accepted=accepted,

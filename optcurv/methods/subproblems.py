@@ -12,7 +12,7 @@ import optax
 from optcurv.arguments import PyTree, check_count, check_number
 from optcurv.curvature import MatVec
 from optcurv.krylov import Metric, combine, coordinates, inverse, orthonormalized
-from optcurv.methods.quadratic_models import Minimizer, minimize_cubic, minimize_in_ball
+from optcurv.methods.quadratic_models import minimize_cubic, minimize_in_ball
 
 
 class Stop(enum.IntEnum):
@@ -209,7 +209,8 @@ def gltr(max_iter: int = 10, tol: float = 0.1) -> Solver:
         minimizer = minimize_in_ball(space.operator, space.gradient, radius)
         at_boundary = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.BOUNDARY)
         stop = jnp.where(minimizer.multiplier > 0, at_boundary, Stop.CONVERGED)
-        return _step_in_space(space, minimizer, stop, regularization=0.0)
+        decrease = -_quadratic_model(space, minimizer.point)
+        return _step_in_space(space, minimizer.point, decrease, stop)
 
     return solve
 
@@ -217,7 +218,8 @@ def gltr(max_iter: int = 10, tol: float = 0.1) -> Solver:
 def cubic_lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
     r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `gltr`.
 
-    σ stands in the place of the radius, and the predicted decrease is that of the cubic model.
+    σ stands in the place of the radius, and the predicted decrease is that of the cubic model. The step counts as
+    one at the boundary where the cubic term is more than a tenth of that decrease.
 
     Args:
       max_iter: the most products taken, and the dimension of the space, at least 1.
@@ -236,9 +238,11 @@ def cubic_lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
     def solve(matvec: MatVec, gradient: PyTree, metric: Metric, weight: jax.Array, key: jax.Array) -> ModelStep:
         space = _krylov_space(matvec, gradient, metric, max_iter, tol, key)
         minimizer = minimize_cubic(space.operator, space.gradient, weight)
-        stop = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, Stop.CONVERGED)
         cubic_term = weight / 3 * jnp.linalg.norm(minimizer.point) ** 3
-        return _step_in_space(space, minimizer, stop, cubic_term)
+        decrease = -_quadratic_model(space, minimizer.point) - cubic_term
+        inside = jnp.where(cubic_term > 0.1 * decrease, Stop.BOUNDARY, Stop.CONVERGED)
+        stop = jnp.where(minimizer.lowest_eigenvalue < 0, Stop.NEGATIVE_CURVATURE, inside)
+        return _step_in_space(space, minimizer.point, decrease, stop)
 
     return solve
 
@@ -322,13 +326,14 @@ def _krylov_space(
     return space._replace(operator=upper + jnp.triu(upper, 1).T, gradient=projected)
 
 
-def _step_in_space(
-    space: _KrylovSpace, minimizer: Minimizer, stop: jax.Array, regularization: jax.Array | float
-) -> ModelStep:
-    """Returns to the parameters' space."""
-    h = minimizer.point
+def _quadratic_model(space: _KrylovSpace, point: jax.Array) -> jax.Array:
+    """The model's value at a point in the basis's coordinates."""
     product = functools.partial(jnp.matmul, precision="highest")
-    quadratic = product(h, space.gradient + 0.5 * product(space.operator, h))
+    return product(point, space.gradient + 0.5 * product(space.operator, point))
+
+
+def _step_in_space(space: _KrylovSpace, point: jax.Array, decrease: jax.Array, stop: jax.Array) -> ModelStep:
+    """Returns to the parameters' space."""
     stop = jnp.where(space.least_square >= 0, stop, Stop.INDEFINITE_NORM)
-    stop = jnp.where(jnp.isfinite(quadratic + space.least_square), stop, Stop.NOT_FINITE)
-    return ModelStep(combine(h, space.basis), -quadratic - regularization, space.products, stop)
+    stop = jnp.where(jnp.isfinite(decrease + space.least_square), stop, Stop.NOT_FINITE)
+    return ModelStep(combine(point, space.basis), decrease, space.products, stop)

@@ -62,15 +62,18 @@ def trust_region(
     (Eq. 7 and Algorithm 1 of "Adaptive norms for deep learning with regularized Newton methods"). The step is taken if
     :math:`\rho \ge \eta_1`. The radius then becomes
 
-    .. math:: \Delta \leftarrow \begin{cases} \min(\gamma_1 \Delta, \Delta_{\max}) & \rho \ge \eta_2 \\
-        \Delta & \eta_1 \le \rho < \eta_2 \\ \max(\Delta / \gamma_2, \Delta_{\min}) & \rho < \eta_1 \end{cases}
+    .. math:: \Delta \leftarrow \begin{cases} \min(\gamma_1 \Delta, \Delta_{\max})
+        & \rho \ge \eta_2 \text{ and } \|s\|_M = \Delta \\
+        \Delta & \rho \ge \eta_1 \text{ otherwise} \\ \max(\Delta / \gamma_2, \Delta_{\min}) & \rho < \eta_1 \end{cases}
 
-    which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: the norm's
-    matrix enters with the power ½ that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves
-    differences of some 1e-7 only, so a smaller decrease is taken from the slopes at both ends of the step,
-    :math:`-\tfrac12 (g^\top s + \nabla L(w + s)^\top s)`, and a predicted decrease within rounding of the loss counts
-    as achieved. A gradient a thousand times as large as any before is refused, unless it comes twice in a row. Where
-    gradients fall below 1e-6 of the largest, as they do after a spike, the norm starts anew.
+    which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: after a step
+    that ends inside the region the radius does not grow (Nocedal and Wright 2006, Algorithm 4.1), as otherwise
+    mini-batches that are fitted already undo the shrinking that others need. The norm's matrix enters with the power ½
+    that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves differences of some 1e-7 only,
+    so a smaller decrease is taken from the slopes at both ends of the step, :math:`-\tfrac12 (g^\top s + \nabla L(w +
+    s)^\top s)`, and a predicted decrease within rounding of the loss counts as achieved. A gradient a thousand times as
+    large as any before is refused, unless it comes twice in a row. Where gradients fall below 1e-6 of the largest, as
+    they do after a spike, the norm starts anew.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_value_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a
@@ -123,9 +126,11 @@ def trust_region(
     check_order("min_radius", min_radius, "initial_radius", initial_radius)
     check_order("initial_radius", initial_radius, "max_radius", max_radius)
 
-    def resize(radius: jax.Array, ratio: jax.Array, accepted: jax.Array, count: jax.Array) -> jax.Array:
+    def resize(
+        radius: jax.Array, ratio: jax.Array, accepted: jax.Array, held: jax.Array, count: jax.Array
+    ) -> jax.Array:
         grown = jnp.minimum(radius * scheduled(growth, count), scheduled(max_radius, count))
-        kept = jnp.where(ratio >= scheduled(grow_ratio, count), grown, radius)
+        kept = jnp.where(held & (ratio >= scheduled(grow_ratio, count)), grown, radius)
         shrunk = jnp.maximum(radius / scheduled(shrinkage, count), scheduled(min_radius, count))
         return jnp.where(accepted, kept, shrunk)
 

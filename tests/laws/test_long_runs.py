@@ -39,23 +39,23 @@ RUNS = {
     "edf": Run(optcurv.edf(0.5), 1e-2),
     "edf-h": Run(optcurv.edf(0.5, 1, curvature=optcurv.hessian_product), 1e-2),
     "edf-momentum": Run(optcurv.edf(0.5, acceleration="momentum"), 1e-2),
-    "edf-nesterov": Run(optcurv.edf(0.1, acceleration="nesterov"), 1e-2),
+    "edf-nesterov": Run(optcurv.edf(1.0, acceleration="nesterov"), 1e-2),
     "pal": Run(optcurv.pal(), 1e-2),
-    "adam-linesearch": Run(optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch()), 1e-2),
-    "trust-region": Run(optcurv.trust_region(), 1e-2, {"trust_region/radius": (1e-8, 10.0)}),
+    "adam-linesearch": Run(optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch()), 1e-1),  # of one batch
+    "trust-region": Run(optcurv.trust_region(), 5e-3, {"trust_region/radius": (1e-8, 10.0)}),
     "trust-region-gauss-newton": Run(
-        optcurv.trust_region(curvature=optcurv.gauss_newton_product), 1e-2, {"trust_region/radius": (1e-8, 10.0)}
+        optcurv.trust_region(curvature=optcurv.gauss_newton_product), 5e-3, {"trust_region/radius": (1e-8, 10.0)}
     ),
     "trust-region-lanczos": Run(
-        optcurv.trust_region(solver=optcurv.gltr()), 1e-2, {"trust_region/radius": (1e-8, 10.0)}
+        optcurv.trust_region(solver=optcurv.gltr()), 5e-3, {"trust_region/radius": (1e-8, 10.0)}
     ),
-    "adaptive-cubic": Run(optcurv.adaptive_cubic(), 1e-2, {"adaptive_cubic/weight": (1e-8, 1e8)}),
+    "adaptive-cubic": Run(optcurv.adaptive_cubic(), 5e-3, {"adaptive_cubic/weight": (1e-8, 1e8)}),
     "sgd-rk2": Run(optcurv.sgd_rk2(0.1, momentum=0.9), 1e-2),
     "adam-rk2": Run(optcurv.adam_rk2(3e-3), 1e-2),
     "switch": Run(optcurv.switch(optax.adam(3e-3), optax.sgd(0.03, momentum=0.9), when=1000), 1e-2),
     "tso-alra": Run(optcurv.tso_alra(0.1, when=1500), 1e-2),
     "tso-alra-stays": Run(optcurv.tso_alra(0.1, when=10**6), 1e-2),
-    "kronecker": Run(kronecker_with_bound(0.1), 1e-2),
+    "kronecker": Run(kronecker_with_bound(0.3), 1e-2),
 }
 
 
@@ -107,11 +107,9 @@ def test_fits_the_digits_goes_on_and_learns_other_labels(name):
         report = optcurv.diagnostics(state)
         for quantity, (least, most) in bounds.items():
             assert least <= report[quantity] <= most
-    print("\n@", name, f"{loss:.2e}")
     assert loss < bar
 
     others = (labels + 1) % 10
     start = loss_on(Batch(x, others))(params)
     _, _, loss = train(params, state, others, jax.random.key(NUM_CHUNKS))
-    print("@ other labels", start, loss)
     assert loss < 0.5 * start

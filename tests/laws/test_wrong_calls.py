@@ -216,6 +216,20 @@ CONSTRUCTORS = [
         TypeError,
         r"loss_of_model must be a function of \(model\)",
     ),
+    Wrong("seed-a-string", lambda: optcurv.trust_region(seed="a"), TypeError, "seed must be an integer, got 'a'"),
+    Wrong("seed-a-fraction", lambda: optcurv.adaptive_cubic(seed=0.5), TypeError, "seed must be an integer, got 0.5"),
+    Wrong(
+        "accumulate-a-number",
+        lambda: optcurv.accumulate(lambda batch: jnp.sum(batch), jnp.ones((2, 3))),
+        TypeError,
+        "loss_of_batch must return the loss as a function of params",
+    ),
+    Wrong(
+        "accumulate-of-two",
+        lambda: optcurv.accumulate(lambda params, batch: 0.0, jnp.ones((2, 3))),
+        TypeError,
+        r"loss_of_batch must be a function of \(batch\)",
+    ),
     Wrong(
         "hessian-of-a-value",
         lambda: optcurv.hessian_product(0.5, jnp.ones(2)),
@@ -237,6 +251,13 @@ def test_constructors(wrong):
         wrong.call()
 
 
+def test_numbers_may_be_numpys():
+    optcurv.edf(np.float32(0.1), damping_power=np.int64(1))
+    optcurv.trust_region(initial_radius=np.float64(0.1), seed=np.uint32(3))
+    with pytest.raises(ValueError, match="learning_rate must be finite"):
+        optcurv.edf(np.float32(np.nan))
+
+
 PARAMS = problems.regression_params()
 OTHER = {"bias": jnp.zeros(5), "kernel": jnp.ones((4, 5))}
 BROADCASTING = {"bias": jnp.zeros(1), "kernel": jnp.ones((1, 3))}
@@ -250,7 +271,12 @@ def replaced(**changes):
 
 def loss_returning(value):
     """A loss whose two parts end in `value(loss)`."""
-    return replaced(value_fn=optcurv.Composite(LOSS.model_fn, lambda logits: value(LOSS.loss_fn(logits))))
+    return with_loss(optcurv.Composite(LOSS.model_fn, lambda logits: value(LOSS.loss_fn(logits))))
+
+
+def with_loss(loss):
+    """Without its value, so that every method calls it."""
+    return replaced(value_fn=loss, value=None)
 
 
 def cast(name, dtype):
@@ -341,13 +367,13 @@ UPDATES = [
     Wrong("loss-complex", loss_returning(lambda loss: loss * 1j), TypeError, "real scalar.*complex64"),
     Wrong(
         "has-aux-forgotten",
-        replaced(value_fn=optcurv.Composite(lambda p: (LOSS.model_fn(p), {}), LOSS.loss_fn)),
+        with_loss(optcurv.Composite(lambda p: (LOSS.model_fn(p), {}), LOSS.loss_fn)),
         TypeError,
         r"loss_fn failed on the pair that model_fn returned.*has_aux=True",
     ),
     Wrong(
         "has-aux-of-a-model-without",
-        replaced(value_fn=optcurv.Composite(LOSS.model_fn, LOSS.loss_fn, has_aux=True)),
+        with_loss(optcurv.Composite(LOSS.model_fn, LOSS.loss_fn, has_aux=True)),
         TypeError,
         r"With has_aux=True, Composite\.model_fn must return a pair \(outputs, aux\), got an array float32\(32, 3\)",
     ),

@@ -259,11 +259,39 @@ def test_nesterov_flow_is_w2_under_a_learning_rate_schedule():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), path[n], y)
 
 
+def test_nesterov_flow_starts_again_where_a_step_undoes_a_quarter_of_the_velocity():
+    flow, zero = optcurv.scale_by_nesterov_flow(), jnp.zeros(1)
+
+    def outgoing(*steps):
+        state = flow.init(zero)
+        for step in steps:
+            update, state = flow.update(jnp.array([step]), state)
+        return update
+
+    before = (1.0, 1.0, 1.0)  # the velocities are 1, 1 and 1 + 1/4
+    np.testing.assert_allclose(outgoing(*before, -0.32), [-0.32])  # as the first step of all
+    np.testing.assert_allclose(outgoing(*before, -0.3), [-0.3 + 3 / 6 * (-0.3 + 2 / 5 * 1.25)], rtol=1e-6)
+
+
 def test_exact_newton_steps_under_nesterov_arrive_at_once_and_stay():
     params, loss = problems.quadratic(condition=3.0)
     path, _ = run(optcurv.edf(1.0, 6, damping_scale=0.0, acceleration="nesterov"), params, loss, 4)
     for point in path[1:]:
         jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 1.0, atol=1e-4), point)
+
+
+def test_an_outlier_is_refused_once():
+    """Here the direction grows with the gradient, as the damping does not."""
+    params, loss = problems.quadratic()
+    with_outlier = optcurv.Composite(loss.model_fn, lambda residuals: loss.loss_fn(residuals) + 1e6 * residuals[0])
+    optimizer = optcurv.scale_by_edf(damping_power=0.0)
+    state, lengths = optimizer.init(params), []
+    for closure in (loss, with_outlier, loss, with_outlier, with_outlier):
+        direction, state = optimizer.update(jax.grad(closure)(params), state, params, value_fn=closure)
+        lengths.append(float(optax.tree.norm(direction)))
+        assert state.info.refused == (lengths[-1] == 0)
+    assert [length > 0 for length in lengths] == [True, False, True, False, True]
+    assert lengths[-1] > 1e4
 
 
 def test_damping_may_follow_schedules():

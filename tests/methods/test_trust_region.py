@@ -37,7 +37,7 @@ def saddle(params):
 
 
 def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
-    """Algorithm 1 on dense matrices; yields parameters, ratio and radius of every step."""
+    """Algorithm 1 on dense matrices, the radius growing at the boundary only; yields parameters, ratio and radius."""
     flat, unravel = ravel_pytree(params)
     w, radius, average = np.asarray(flat), 1.0, np.zeros(flat.size)
     value = jax.jit(lambda w: loss(unravel(w)))
@@ -45,11 +45,12 @@ def dense_trust_region(loss, params, curvature, ellipsoid, num_steps):
     for _ in range(num_steps):
         g, b = np.asarray(gradient(w)), dense_curvature(curvature, loss, unravel(jnp.asarray(w)))
         average = 0.8 * average + 0.2 * g**2
-        s, _, _ = dense_steihaug(b, g, ellipsoid(average), radius)
+        s, stop, _ = dense_steihaug(b, g, ellipsoid(average), radius)
         ratio = float(value(w) - value(w + s)) / -(g @ s + s @ b @ s / 2)
         yield w, ratio, radius
         w = w + s if ratio >= 0.6 else w
-        radius = min(1.3 * radius, 4.0) if ratio >= 0.9 else radius if ratio >= 0.6 else radius / 2.5
+        grows = ratio >= 0.9 and stop in (optcurv.Stop.BOUNDARY, optcurv.Stop.NEGATIVE_CURVATURE)
+        radius = min(1.3 * radius, 4.0) if grows else radius if ratio >= 0.6 else radius / 2.5
 
 
 @pytest.mark.parametrize(
@@ -118,11 +119,24 @@ def test_weight_rule_of_the_cubic(ratio, weight):
     np.testing.assert_allclose(new.size, weight, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("distance", "changes"), [(1.0, True), (0.01, False)])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(optcurv.trust_region, {"initial_radius": 0.5}), (optcurv.adaptive_cubic, {"initial_weight": 4.0})],
+)
+def test_a_step_that_its_region_does_not_hold_back_leaves_the_size(make, options, distance, changes):
+    """Otherwise batches that are fitted undo what others need."""
+    optimizer, w = make(norm=optcurv.uniform_norm(), **options), distance * jnp.ones(1)
+    _, state = step_on(optimizer, lambda w: 0.5 * w @ w)(w, optimizer.init(w))
+    assert state.info.accepted
+    assert (state.size != optimizer.init(w).size) == changes
+
+
 def test_radius_keeps_below_its_maximum_and_numbers_may_be_schedules():
     optimizer = optcurv.trust_region(
         initial_radius=1.0, max_radius=lambda count: 5.0 - count, growth=optax.constant_schedule(3.0)
     )
-    w = jnp.ones(2)
+    w = 100 * jnp.ones(2)
     step, state = step_on(optimizer, lambda w: w @ w), optimizer.init(w)
     sizes = []
     for _ in range(4):
