@@ -11,12 +11,9 @@ from typing import Any, TypeVar
 
 import joblib
 
-import benchmarks
-import optcurv
 from benchmarks.core.timing import environment
 
 T = TypeVar("T")
-_ROOTS = tuple(Path(package.__file__).parent for package in (benchmarks, optcurv) if package.__file__)
 
 
 class Cache:

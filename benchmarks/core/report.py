@@ -117,15 +117,15 @@ def write_report(study: ModuleType, folder: Path) -> dict[str, str]:
 
 
 def page(study: ModuleType, tables: Mapping[str, str]) -> str:
-    """Returns a study's page of the documentation: its README, and its results with the tables put in."""
+    """Returns a study's page of the documentation: its README, but for the files, and its results with their tables."""
     folder = Path(study.__file__ or "").parent
-    template = (folder / "README.md").read_text() + "\n" + (folder / "results.md").read_text()
+    template = (folder / "README.md").read_text().split("## Files")[0] + (folder / "results.md").read_text()
     return re.sub(r"\{\{(.*?)\}\}", lambda match: tables[match[1]].strip(), template)
 
 
 @contextlib.contextmanager
-def progress_bar(num_runs: int) -> Iterator[Callable[[str], None]]:
-    """Shows a bar; yields a function that is called after each run, with a word on it."""
+def progress_bar(num_runs: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Shows a bar, of unknown length if need be; yields a function that is called after each run, with a word on it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=num_runs)

@@ -104,13 +104,6 @@ def train_methods(runner: Runner, scale: Scale, methods: Iterable[str], report: 
     return runs
 
 
-def num_runs(scale: Scale, methods: Iterable[str]) -> int:
-    """Returns how many runs `train_methods` reports."""
-    return sum(
-        scale.num_seeds + math.prod(map(len, METHODS[method].grid.values())) * scale.is_tuned for method in methods
-    )
-
-
 class Curves(NamedTuple):
     """Curves over a common axis; each name has one a seed, of shape (seeds, points)."""
 
@@ -296,12 +289,6 @@ def measure_minima(slices: Slices, runs: Runs, scale: Scale, report: Report) -> 
     )
 
 
-def num_slices(scale: Scale, num_methods: int) -> int:
-    """Returns how many slices `measure_minima` reports."""
-    num_pairs = math.comb(num_methods, 2)
-    return num_pairs * (1 + scale.num_seeds) + num_methods * (1 + scale.num_seeds)
-
-
 def _squares(slices: Slices, runs: Runs, scale: Scale) -> dict[str, Surface]:
     """Figure 2, two starts and the ends of SGD from them, and 3, the ends of four methods."""
     side, corners = np.linspace(0, 1, scale.surface_points), {}
@@ -368,11 +355,6 @@ def train_exotic(runner: Runner, scale: Scale, report: Report) -> Runs:
     return runs
 
 
-def num_exotic_runs(scale: Scale) -> int:
-    """Returns how many runs `train_exotic` reports."""
-    return num_runs(scale, ["SGD"]) + len(EXOTIC) * (scale.num_seeds + (len(_EXOTIC_RATES) if scale.is_tuned else 1))
-
-
 def measure_exotic(slices: Slices, runs: Runs, scale: Scale, report: Report) -> Exotic:
     """Looks along the way from each initialisation."""
     return Exotic(slices.task.name, runs, slices.from_start(runs, scale.line_points, report))
@@ -401,11 +383,6 @@ def train_runge_kutta(runner: Runner, scale: Scale, report: Report) -> RungeKutt
             plans[f"{method}, {scheme}"] = Plan(Stage(doubled, 2 * rate), 0, scale.num_epochs // 2)
     runs = {name: train_seeds(runner, scale, plan, report) for name, plan in plans.items()}
     return RungeKutta(runner.task.name, runs)
-
-
-def num_runge_kutta_runs(scale: Scale) -> int:
-    """Returns how many runs `train_runge_kutta` reports."""
-    return num_runs(scale, ["SGD", "Adam"]) + (2 + len(SCHEMES)) * scale.num_seeds
 
 
 def num_not_finite(found: Minima | Switching | Exotic | RungeKutta) -> int:

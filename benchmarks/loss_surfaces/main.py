@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +73,10 @@ class Session:
 
     def run(self) -> None:
         """Runs the parts that are wanted."""
-        for name, part in PARTS.items():
-            if self.options.part in (name, "all"):
-                part(self)
+        with report.progress_bar() as self.progress:
+            for name, part in PARTS.items():
+                if self.options.part in (name, "all"):
+                    part(self)
 
     def _runner(self, name: str) -> Runner:
         dataset = read_text(self.options.data_dir) if name == "lstm" else self._images()
@@ -88,11 +88,9 @@ class Session:
         return Runner(SurfaceTask(NETWORKS[name], classification_loss, splits, **sizes), self._cache)
 
     def _minima(self, name: str) -> Minima:
-        scale = self.scale
-        with report.progress_bar(experiments.num_runs(scale, scale.methods)) as progress:
-            runs = experiments.train_methods(self.runner(name), scale, scale.methods, progress)
-        with report.progress_bar(experiments.num_slices(scale, len(runs))) as progress:
-            return experiments.measure_minima(self.slices(name), runs, scale, progress)
+        scale, progress = self.scale, self.progress
+        runs = experiments.train_methods(self.runner(name), scale, scale.methods, progress)
+        return experiments.measure_minima(self.slices(name), runs, scale, progress)
 
     def write(self, name: str, content: Mapping[str, Any], pictures: Mapping[str, Figure]) -> None:
         """Writes a summary, and the pictures that no page shows."""
@@ -122,12 +120,8 @@ def switching(session: Session) -> None:
     """Figure 7."""
     name = "vgg-bn"
     scale = dataclasses.replace(session.scale, num_seeds=max(1, session.scale.num_seeds // 2))
-    methods = set(itertools.chain(*scale.switched))
-    count = experiments.num_runs(scale, methods) + len(scale.switched) * len(experiments.SHARES) * scale.num_seeds
-    with report.progress_bar(count) as progress:
-        groups = experiments.train_switched(session.runner(name), scale, progress)
-    with report.progress_bar(len(groups) * 10 * scale.num_seeds) as progress:
-        found = experiments.measure_switching(session.slices(name), groups, scale, progress)
+    groups = experiments.train_switched(session.runner(name), scale, session.progress)
+    found = experiments.measure_switching(session.slices(name), groups, scale, session.progress)
     content = summary.summarise_switching(found, verdicts.judge_switching(found))
     session.write("switching", content, figures.draw_switching(found))
 
@@ -136,17 +130,14 @@ def initialisation(session: Session) -> None:
     """Figure 11."""
     found = []
     for name in ("nin-bn", "nin"):
-        with report.progress_bar(experiments.num_exotic_runs(session.scale)) as progress:
-            runs = experiments.train_exotic(session.runner(name), session.scale, progress)
-        with report.progress_bar(len(runs) * session.scale.num_seeds) as progress:
-            found.append(experiments.measure_exotic(session.slices(name), runs, session.scale, progress))
+        runs = experiments.train_exotic(session.runner(name), session.scale, session.progress)
+        found.append(experiments.measure_exotic(session.slices(name), runs, session.scale, session.progress))
     session.write("initialisation", summary.summarise_exotic(found, verdicts.judge_exotic(*found)), {})
 
 
 def runge_kutta(session: Session) -> None:
     """Figure 9."""
-    with report.progress_bar(experiments.num_runge_kutta_runs(session.scale)) as progress:
-        found = experiments.train_runge_kutta(session.runner("vgg-bn"), session.scale, progress)
+    found = experiments.train_runge_kutta(session.runner("vgg-bn"), session.scale, session.progress)
     content = summary.summarise_runge_kutta(found, verdicts.judge_runge_kutta(found))
     session.write("runge-kutta", content, {})
 

@@ -143,8 +143,7 @@ class Runner:
 
         def run(setting: Mapping[str, float]) -> Trained:
             trained = self.run(Plan(Stage(method, setting[_RATE]), TUNING_SEED, num_epochs, initialisation))
-            if setting[_RATE] in chosen.grid[_RATE]:  # the progress bar expects no others
-                report(f"{self.task.name}: {trained.plan}, tuning")
+            report(f"{self.task.name}: {trained.plan}, tuning")
             return trained
 
         return tune(chosen, run, "loss", _MAX_EXTENSIONS).best.setting[_RATE]

@@ -40,7 +40,7 @@ class Options(report.Study):
     def run(self) -> None:
         """Measures and judges."""
         dataset, cache = data.fashion_mnist(self.data_dir), Cache(self.folder)
-        for name in NETWORKS[self.size]:
+        for name in list(NETWORKS[self.size])[: 1 if self.quick and self.part == "all" else None]:
             if self.part in (name, "all"):
                 self.train_network(name, dataset, cache)
         if self.part in ("cost", "all"):
@@ -64,7 +64,7 @@ class Options(report.Study):
 
     def measure_refreshes(self, dataset: data.Dataset, cache: Cache) -> None:
         """Costs of steps, and losses after equally many, on the networks whose steps are timed elsewhere too."""
-        for name, task in workloads().items():
+        for name, task in list(workloads().items())[: 1 if self.quick else None]:
             schedules = refresh.SCHEDULES[: 1 if self.quick else 3 if name == "cnn" else 4]
             with report.progress_bar(4 * len(schedules)) as progress:
                 self.write(f"refresh-{name}", refresh.measure(task, dataset, schedules, self.quick, cache, progress))

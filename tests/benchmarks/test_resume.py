@@ -97,7 +97,7 @@ JOBS = {
     "comparison": (["--quick", "--seeds", "2"], fake_training, 7 * 8),
     "trust regions": (["adaptive-norms", "--quick", "--figure", "3"], fake_training, 7 * 7),
     "cost": (["performance", "--part", "cost"], fake_costs, 2),
-    "refreshes": (["tso-alra", "--quick", "--part", "cost"], fake_refreshes, 2 * (1 + 3 + 1)),
+    "refreshes": (["tso-alra", "--quick", "--part", "cost"], fake_refreshes, 1 + 3 + 1),
     "stages": (["tso-alra", "--quick", "--part", "alexnet"], fake_training, 4 * 2),
     "peer": (["tso-alra", "--part", "peer"], fake_sides, 4 * 25),
 }
