@@ -1,43 +1,68 @@
 """The command line; `python -m benchmarks --help`."""
 
-import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
-from benchmarks import adaptive_norms, compare, cost, loss_surfaces, precision, scale, tso_alra
-from benchmarks.data import DataError
+import tyro
 
-COMMANDS = {
-    "compare": compare,
-    "cost": cost,
-    "scale": scale,
-    "precision": precision,
-    "adaptive-norms": adaptive_norms,
-    "tso-alra": tso_alra,
-    "loss-surfaces": loss_surfaces,
-}
+from benchmarks.core import report
+from benchmarks.core.data import DataError
+
+_FOLDER = Path(__file__).parent
+PAGES = _FOLDER.parent / "docs" / "results"
+DEFAULT = "comparison"
+
+HELP = """Benchmarks of optcurv: one command a study. Without a command: the comparison of all
+methods, which takes some minutes.
+
+With --quick a study takes a minute or so, and shows whether it works. A job that was killed goes on at the next start:
+what is found in the output folder is not measured again, not even after its end; delete the folder to measure anew.
+benchmarks/<study>/README.md has each study's question and how long it takes; docs/results has what came out."""
+
+
+def studies() -> dict[str, ModuleType]:
+    """Returns the module `main` of each folder that has one, the default first."""
+    names = sorted((path.parent.name for path in _FOLDER.glob("*/main.py")), key=lambda name: (name != DEFAULT, name))
+    return {name: importlib.import_module(f"benchmarks.{name}.main") for name in names}
+
+
+def write_pages(output: Path = PAGES) -> None:
+    """Draws every table, picture and page of the documentation from the summaries in benchmarks/results.
+
+    Args:
+      output: folder of the pages.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for name, study in studies().items():
+        tables = report.write_report(study, _FOLDER / "results" / name)
+        (output / f"{name}.md").write_text(report.page(study, tables))
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command; without one, the comparison."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Benchmarks of optcurv. A job that was killed goes on at the next start. What is found in its "
-        "output folder is not measured again, not even after its end: delete the folder to measure anew.",
-        epilog="Without a command: compare.",
-    )
-    commands = parser.add_subparsers(dest="command")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").strip()
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
-        argv = ["compare", *argv]
-    args = parser.parse_args(argv)
+        argv = [DEFAULT, *argv]
+    found = studies()
+    commands = {name.replace("_", "-"): study.Options for name, study in found.items()} | {"report": write_pages}
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
     try:
-        return COMMANDS[args.command].main(args)
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m benchmarks", description=HELP, args=list(argv), config=config
+        )
+        if isinstance(chosen, report.Study):
+            chosen.run()
+            tables = report.write_report(sys.modules[type(chosen).__module__], chosen.folder)
+            print(*tables.values(), f"Written to {chosen.folder}", sep="\n")
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The next start goes on.", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The reproduction of the adaptive-norms paper: ellipses, tuning, intervals, verdicts, budgets, what is written."""
 
-import dataclasses
-import json
 import math
 
 import jax
@@ -11,42 +9,19 @@ import optax
 import pytest
 
 import optcurv
-from benchmarks import data, hessian_mass, plots, quadratics, training, trust_regions
 from benchmarks.__main__ import main
-from benchmarks.claims import Verdict, is_less, mean_interval
-from benchmarks.compare import Result
-from benchmarks.kept import Kept
-from benchmarks.methods import GRADIENT_DESCENT
-from benchmarks.models import Autoencoder, Batch, Mlp, Task, classification_loss, reconstruction_loss
-from benchmarks.progress import progress_of, reconstruction_bounds
+from benchmarks.adaptive_norms import figures, hessian_mass, quadratics, trust_regions
+from benchmarks.adaptive_norms import main as adaptive_norms
+from benchmarks.adaptive_norms.progress import progress_of, reconstruction_bounds
+from benchmarks.core import data
+from benchmarks.core.models import Autoencoder, Batch, Mlp, classification_loss, reconstruction_loss
+from benchmarks.core.report import read_json
+from benchmarks.core.statistics import Verdict
+from benchmarks.core.task import Task
+from benchmarks.core.train import Run, Trainer, train_step
+from benchmarks.core.tune import Result
 
-PNG = b"\x89PNG"
 HOLDS, FAILS, UNDECIDED = Verdict
-
-
-def test_interval_is_students():
-    mean, half_width = mean_interval([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]])
-    np.testing.assert_allclose(mean, [7 / 3, 5])
-    np.testing.assert_allclose(half_width, [4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3), 0], rtol=1e-6)
-    assert mean_interval([3.0, 4.0, 5.0, 6.0], level=0.9).half_width == pytest.approx(2.353363 * np.sqrt(5 / 3) / 2)
-    assert mean_interval([3.0]) == (3, 0)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "verdict"),
-    [
-        (range(10), range(20, 30), HOLDS),
-        (range(20, 30), range(10), FAILS),
-        (range(10), range(1, 11), UNDECIDED),
-        (range(4), range(5, 8), UNDECIDED),  # chance orders them so, or the other way round, twice in 35
-        (range(10), [math.inf] * 10, HOLDS),
-        ([math.inf] * 10, range(10), FAILS),
-        ([math.inf] * 10, [math.inf] * 10, UNDECIDED),
-        ([1.0], [2.0], UNDECIDED),
-    ],
-)
-def test_a_sample_is_less_only_beyond_chance(first, second, verdict):
-    assert is_less(list(first), list(second)) == verdict
 
 
 @pytest.mark.parametrize("name", quadratics.METHODS)
@@ -58,7 +33,8 @@ def test_the_next_iterate_lies_on_the_ellipse_where_the_linear_model_is_least(pr
     descent = jax.tree.map(np.asarray, descent)
     np.testing.assert_array_equal(descent.iterates[0], start)
     for i in (1, 4):
-        region = plots.ellipse(descent.matrices[i], descent.radii[i], num_points=4001)
+        (shape,) = quadratics.inverse_roots(descent.matrices[i : i + 1])
+        region = figures.ellipse(shape, descent.radii[i], num_points=4001)
         step = descent.iterates[i + 1] - descent.iterates[i]
         gradient = hessian @ descent.iterates[i]
         for points in (step[None], region):
@@ -148,9 +124,9 @@ def digits():
 
 
 def test_progress_is_accuracy_or_the_share_explained(digits):
-    classifier = training.Problem(Task(Mlp(), classification_loss, has_accuracy=True), digits, 10, 1)
+    classifier = Task(Mlp(), classification_loss, digits)
     assert progress_of(classifier)({"train_accuracy": 0.7, "train_loss": 9.0}) == 0.7
-    autoencoder = training.Problem(Task(Autoencoder(), reconstruction_loss, has_accuracy=False), digits, 10, 1)
+    autoencoder = Task(Autoencoder(), reconstruction_loss, digits, metrics={})
     images = digits.train.images
     logits = jnp.log(images + 1e-7) - jnp.log1p(1e-7 - images)
     perfect = float(reconstruction_loss(logits, digits.train))
@@ -163,24 +139,14 @@ def test_progress_is_accuracy_or_the_share_explained(digits):
 
 
 def test_checkpoints_are_start_middle_and_the_first_at_the_target(digits):
-    task = Task(Mlp(hidden=(32,)), classification_loss, has_accuracy=True)
-    problem = training.Problem(task, digits, 128, 2000)
-    step = training.compile_step(task, hessian_mass._RMSPROP)
-    run = hessian_mass.train(problem, step, seed=0)
-    shares = [problem.evaluate(params)["train_accuracy"] for params in (run.initial, run.midway, run.trained)]
+    task = Task(Mlp(hidden=(32,)), classification_loss, digits)
+    trainer = Trainer(task, hessian_mass._RMSPROP)
+    run = hessian_mass.train(trainer, 0, 2000)
+    shares = [task.evaluate(params)["train_accuracy"] for params in (run.initial, run.midway, run.trained)]
     assert shares[0] < 0.3 < shares[1] < 0.9 <= shares[2] == run.progress
     assert 20 < run.steps < 500
-    cut = hessian_mass.train(dataclasses.replace(problem, budget=25), step, seed=0)
+    cut = hessian_mass.train(trainer, 0, 25)
     assert (cut.steps, cut.progress < 0.9) == (25, True)
-
-
-def test_a_compiled_step_sees_the_images_of_its_indices(digits):
-    task = Task(Mlp(hidden=(8,)), classification_loss, has_accuracy=True)
-    state = training.init_state(task, GRADIENT_DESCENT, jax.random.key(0), digits.train)
-    indices = np.array([700, 5, 900])
-    _, loss = training.compile_step(task, GRADIENT_DESCENT)(state, digits.train, indices, 0.1)
-    expected = task.loss(Batch(digits.train.images[indices], digits.train.labels[indices]))(state[0])
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_noise_and_data_batches(digits):
@@ -192,48 +158,31 @@ def test_noise_and_data_batches(digits):
     np.testing.assert_array_equal(real.labels, again.labels)
 
 
-@pytest.fixture
-def tiny_problem(digits):
-    return training.Problem(Task(Mlp(hidden=(8,)), classification_loss, has_accuracy=True), digits, 200, 60.0)
-
-
-def test_a_budget_counts_the_products_that_steps_took(tiny_problem):
-    region, sgd = trust_regions.TRUST_REGIONS[2], trust_regions.FIRST_ORDER[0]
-    trainer = trust_regions.BudgetTrainer(tiny_problem, region)
-    spent = trainer.run(0.1, seed=2, num_evaluations=5).evaluations
+def test_a_budget_counts_the_products_that_steps_took(digits):
+    task, region = Task(Mlp(hidden=(8,)), classification_loss, digits, batch_size=200), trust_regions.TRUST_REGIONS[2]
+    setting = {"initial radius": 0.1}
+    spent = trust_regions.train(Trainer(task, region), setting, 2, budget=60.0, num_evaluations=5).curve
 
     # The same steps once more, one by one.
-    state = training.init_state(tiny_problem.task, region, jax.random.key(2), tiny_problem.data.train, 0.1)
-    costs = [0.0]
-    for indices in tiny_problem.batch_indices(2, spent["steps"][-1]):
-        state, _ = trainer._step(state, tiny_problem.data.train, indices, 0.1)
+    params, costs = task.init(jax.random.key(2)), [0.0]
+    state = params, region.make(setting).init(params)
+    step = jax.jit(lambda state, batch: train_step(task, region, state, batch, setting)[0])
+    for indices, _ in zip(task.batches(2), range(spent["steps"][-1]), strict=False):
+        state = step(state, Batch(*(array[indices] for array in task.data.train)))
         costs.append(costs[-1] + 4 / 3 + 2 * float(optcurv.diagnostics(state[1])["trust_region/iterations"]))
     np.testing.assert_allclose(spent["gradients"], [costs[int(steps)] for steps in spent["steps"]], rtol=1e-5)
     assert spent["steps"][0] == spent["seconds"][0] == spent["gradients"][0] == 0
-    goals = np.linspace(0, 60, 6)
-    assert all(goals <= spent["gradients"])
+    assert all(np.linspace(0, 60, 6) <= spent["gradients"])
     assert spent["gradients"][-1] < 60 + 2 * max(np.diff(costs))
-    assert spent["epochs"][-1] == spent["steps"][-1] * 200 / 1437
-    assert spent["train_loss"][-1] == pytest.approx(tiny_problem.evaluate(state[0])["train_loss"], rel=1e-3)
+    assert spent["train_loss"][-1] == pytest.approx(task.evaluate(state[0])["train_loss"], rel=1e-3)
     assert spent["progress"] == spent["train_accuracy"]
 
-    plain = trust_regions.BudgetTrainer(tiny_problem, sgd).run(0.1, seed=2, num_evaluations=5).evaluations
+    sgd = Trainer(task, trust_regions.FIRST_ORDER[0])
+    plain = trust_regions.train(sgd, {"learning rate": 0.1}, 2, budget=60.0, num_evaluations=5).curve
     assert plain["gradients"] == plain["steps"] == [0, 12, 24, 36, 48, 60]
     assert plain["train_loss"][0] == pytest.approx(spent["train_loss"][0], rel=1e-5)  # the same initialisation
-
-
-def test_tuning_picks_the_radius_of_the_least_loss(tiny_problem, tmp_path):
-    region = dataclasses.replace(trust_regions.TRUST_REGIONS[2], grid=(1e-6, 0.1, 1e-5))
-    words = []
-    (result,) = trust_regions.measure(tiny_problem, [region], 2, 3, Kept(tmp_path), words.append)
-    assert [(run.setting, run.seed) for run in result.tuning + result.final] == [
-        (1e-6, 0), (0.1, 0), (1e-5, 0), (0.1, 1), (0.1, 2),
-    ]  # fmt: skip
-    low, best, _ = (run.final("train_loss") for run in result.tuning)
-    assert best < 0.9 * low
-    assert [len(run.evaluations["steps"]) for run in result.tuning + result.final] == [2, 2, 2, 4, 4]
-    assert words[0] == "TR RMSProp, initial radius 1e-06"
-    assert len(words) == 5
+    tuning = trust_regions.train(sgd, {"learning rate": 0.1}, 0, budget=60.0, num_evaluations=5).curve
+    assert tuning["steps"] == [0, 60]
 
 
 def fake_result(method, progress, losses):
@@ -249,7 +198,8 @@ def fake_result(method, progress, losses):
             "progress": [0.1, middle, 0.5],
             "train_loss": [2.0, 1.0, loss],
         }
-        runs.append(training.Run(1.0, i, {}, evaluations))
+        final = {name: column[-1] for name, column in evaluations.items()}
+        runs.append(Run({"radius": 1.0}, i, evaluations, final))
     return Result(method, tuning=runs[:1], final=runs)
 
 
@@ -295,51 +245,35 @@ def test_competitive_is_at_most_a_quarter_more():
     assert trust_regions._competitive([math.inf], [math.inf]) == UNDECIDED
 
 
-@pytest.fixture
-def single_settings(monkeypatch):
+def test_a_quick_run_writes_what_it_says(tmp_path, monkeypatch, capsys):
     """All trust regions and one other method, one setting each, and small networks."""
     few = (*trust_regions.TRUST_REGIONS, trust_regions.FIRST_ORDER[0])
-    monkeypatch.setattr(trust_regions, "METHODS", [dataclasses.replace(m, grid=m.grid[3:4]) for m in few])
+    few = [method.at(grid={name: values[3:4] for name, values in method.grid.items()}) for method in few]
+    monkeypatch.setattr(trust_regions, "METHODS", few)
     monkeypatch.setattr(trust_regions, "FIRST_ORDER", few[3:])
     monkeypatch.setitem(trust_regions.DEFAULTS, ("digits", "mlp"), trust_regions.Defaults(400.0, 512, 0.99))
-    monkeypatch.setattr(trust_regions, "make_task", lambda *_: Task(Mlp(hidden=(8,)), classification_loss, True))
-    small = Task(Mlp(hidden=(4,)), classification_loss, has_accuracy=True)
-    monkeypatch.setitem(hessian_mass.NETWORKS, "digits", {"MLP": small})
-
-
-def test_a_quick_run_writes_what_it_says(tmp_path, single_settings, capsys):
-    del single_settings
+    make_task = lambda model, images, size: Task(Mlp(hidden=(8,)), classification_loss, images, size)  # noqa: E731
+    monkeypatch.setattr(trust_regions, "make_task", make_task)
+    networks = lambda images: {"MLP": Task(Mlp(hidden=(4,)), classification_loss, images)}  # noqa: E731
+    monkeypatch.setattr(adaptive_norms.hessian_mass, "networks", networks)
     assert main(["adaptive-norms", "--quick", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "rotated by 45°" in printed
     assert "TR RMSProp" in printed
-    stems = ["claims-1", "claims-2", "claims-3", "figure-1", "figure-2", "figure-3-mlp"]
-    figures = ("figure-1", "figure-2", "figure-3", "figure-3-mlp")
-    pictures = {f"{stem}.{kind}" for stem in figures for kind in ("png", "svg")}
-    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("txt", "json")} | pictures | {"runs"}
+    stems = ["figure-1", "figure-2-digits", "figure-3-digits-mlp"]
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("md", "json", "png")} | {"figure-3-digits.png"}
+    expected |= {f"claims-{stem}.md" for stem in stems} | {"cache"}
     assert {path.name for path in tmp_path.iterdir()} == expected
-    assert all((tmp_path / f"{stem}.png").read_bytes().startswith(PNG) for stem in figures)
 
-    content = {stem: json.loads((tmp_path / f"{stem}.json").read_text()) for stem in stems}
-    assert all(one["environment"]["jax"] == jax.__version__ for one in content.values())
-    assert [len(content[f"claims-{figure}"]["claims"]) for figure in (1, 2, 3)] == [3, 1, 6]
-    quadratic = content["figure-1"][quadratics.ALIGNED][quadratics.DIAGONAL]
-    assert len(quadratic["log10_suboptimality"]) == quadratics.NUM_STEPS + 1
-    assert quadratic["log10_suboptimality"][-1] < -10
-    mass = content["figure-2"]["MLP"]
+    quadratic, masses, training = (read_json(tmp_path / f"{stem}.json") for stem in stems)
+    assert [len(one["claims"]) for one in (quadratic, masses, training)] == [3, 1, 6]
+    adagrad = quadratic["problems"][quadratics.ALIGNED][quadratics.DIAGONAL]
+    assert len(adagrad["curve"]["mean"]) == quadratics.NUM_STEPS + 1
+    assert adagrad["curve"]["mean"][-1] < -10
+    mass = masses["networks"]["MLP"]
     assert mass["dimension"] == 8 * 8 * 4 + 4 + 4 * 10 + 10
-    assert [len(masses) for masses in mass["masses"].values()] == [2] * 4
-    region = content["figure-3-mlp"]["methods"]["TR RMSProp"]
-    assert [run["seed"] for run in region["tuning"] + region["final"]] == [0, 1]
-    assert len(region["final"][0]["evaluations"]["progress"]) == 6
-
-
-def test_one_figure_alone(tmp_path):
-    assert main(["adaptive-norms", "--quick", "--figure", "1", "--output", str(tmp_path)]) == 0
-    assert {path.stem for path in tmp_path.iterdir()} == {"claims-1", "figure-1"}
-
-
-def test_missing_data_are_reported(tmp_path, capsys):
-    options = ["adaptive-norms", "--figure", "2", "--dataset", "fashion-mnist", "--data-dir", str(tmp_path)]
-    assert main(options) == 2
-    assert "dataset-fashion-mnist" in capsys.readouterr().err
+    assert [len(column) for column in mass["masses"].values()] == [2] * 4
+    region = training["methods"]["TR RMSProp"]
+    assert region["curves"]["gradients"]["end"] >= 20
+    assert region["final_loss"][0] == region["final_loss"][2]  # one seed
+    assert 4 / 3 < region["step"] < 50

@@ -1,7 +1,6 @@
 """The loss-surface experiments: training and resuming, slices, verdicts, and the command end to end."""
 
 import dataclasses
-import json
 import math
 import pydoc_data.topics
 
@@ -12,19 +11,18 @@ import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import loss_surfaces
-from benchmarks import surface_experiments as experiments
-from benchmarks import surface_networks as networks
-from benchmarks import surface_verdicts as verdicts
 from benchmarks.__main__ import main
-from benchmarks.claims import Verdict
-from benchmarks.data import DataError
-from benchmarks.models import Batch, classification_loss
-from benchmarks.surface_experiments import Between, Curves, Minima
-from benchmarks.surface_networks import Initialisation, Problem
-from benchmarks.surface_training import Plan, Stage, Store, Trained, Trainer
-from tests.benchmarks.test_commands import idx_bytes
-from tests.benchmarks.test_two_stages import images
+from benchmarks.core.cache import Cache
+from benchmarks.core.data import DataError, Dataset
+from benchmarks.core.models import Batch, classification_loss
+from benchmarks.core.report import read_json
+from benchmarks.core.statistics import Verdict
+from benchmarks.loss_surfaces import experiments, networks, verdicts
+from benchmarks.loss_surfaces import main as loss_surfaces
+from benchmarks.loss_surfaces.experiments import Between, Curves, Minima
+from benchmarks.loss_surfaces.networks import Initialisation, SurfaceTask
+from benchmarks.loss_surfaces.runs import Plan, Runner, Stage, Trained
+from tests.benchmarks.pictures import images, write_fashion_mnist
 
 
 class Net(nn.Module):
@@ -40,18 +38,19 @@ class Net(nn.Module):
         return nn.Dense(10)(nn.relu(x))
 
 
-def make_problem(batch_norm=False, seed=0):
-    return Problem("net", Net(batch_norm), images(256, seed), images(96, 1), num_seen=100)
+def make_task(batch_norm=False, seed=0):
+    data, sizes = Dataset(images(256, seed), images(96, 1)), {"batch_size": networks.BATCH_SIZE, "num_seen": 100}
+    return SurfaceTask(Net(batch_norm), classification_loss, data, name="net", **sizes)
 
 
 @pytest.fixture
-def problem():
-    return make_problem()
+def task():
+    return make_task()
 
 
 @pytest.fixture
-def trainer(problem, tmp_path):
-    return Trainer(problem, Store(tmp_path / "runs"))
+def runner(task, tmp_path):
+    return Runner(task, Cache(tmp_path))
 
 
 SCALE = dataclasses.replace(experiments.QUICK, num_seeds=2, methods=("SGD", "Adam"))
@@ -61,87 +60,81 @@ def leaves_equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_a_resumed_experiment_equals_an_uninterrupted_one(problem, tmp_path, monkeypatch):
-    whole = experiments.train_methods(Trainer(problem, Store(tmp_path / "a")), SCALE, SCALE.methods, lambda text: None)
-    told = []
+def test_a_resumed_experiment_equals_an_uninterrupted_one(task, tmp_path, monkeypatch):
+    def train(folder, report=lambda text: None):
+        return experiments.train_methods(Runner(task, Cache(tmp_path / folder)), SCALE, SCALE.methods, report)
+
+    whole, told, trained = train("a"), [], []
 
     def interrupt(text):
         told.append(text)
         if len(told) == 3:
             raise KeyboardInterrupt
 
-    store = Store(tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
-        experiments.train_methods(Trainer(problem, store), SCALE, SCALE.methods, interrupt)
-    assert len(list(store.folder.glob("*.json"))) == 3
-    (store.folder / "net-0123.npz").touch()  # what an interrupt within a write leaves
-    trained = []
-    train = Trainer._train
-    monkeypatch.setattr(Trainer, "_train", lambda self, plan: trained.append(plan) or train(self, plan))
-    resumed = experiments.train_methods(Trainer(problem, store), SCALE, SCALE.methods, lambda text: None)
+        train("b", interrupt)
+    original = Runner._train
+    monkeypatch.setattr(Runner, "_train", lambda self, plan: trained.append(plan) or original(self, plan))
+    monkeypatch.setattr(Runner._train, "__qualname__", original.__qualname__)
+    monkeypatch.setattr(Runner._train, "__module__", original.__module__)
+    resumed = train("b")
     assert [(plan.first.method, plan.seed) for plan in trained] == [("Adam", 2)]
-    assert len(resumed) == len(whole) == 2
     for one, other in zip(whole["SGD"] + whole["Adam"], resumed["SGD"] + resumed["Adam"], strict=True):
         assert leaves_equal(one.params, other.params)
         assert {**one.curve, "seconds": 0} == {**other.curve, "seconds": 0}
         assert one.plan == other.plan
 
 
-def test_what_differs_is_kept_apart(problem, tmp_path):
-    store, plan = Store(tmp_path), Plan(Stage("SGD", 0.1), 1, 2)
-    nan = Trained(plan, problem.init(1), {"loss": [1.0, math.nan]})
-    store.save(problem, nan)
-    found = store.load(problem, plan)
-    assert leaves_equal(found.params, nan.params)
-    np.testing.assert_equal(found.curve, nan.curve)  # NaN and all
+def test_what_differs_is_cached_apart(task, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Runner, "_train", lambda self, plan: trained.append(plan) or len(trained))
+    plan = Plan(Stage("SGD", 0.1), 1, 2)
     others = [{"seed": 2}, {"num_epochs": 3}, {"first": Stage("SGD", 0.2)}, {"second": Stage("Adam", 0.1)}]
     others += [{"switch_at": 0.5}, {"initialisation": Initialisation(-1.0, 1.0)}]
-    for other in others:
-        assert store.load(problem, dataclasses.replace(plan, **other)) is None
-    assert store.load(dataclasses.replace(problem, num_seen=50), plan) is None
-    assert store.load(make_problem(batch_norm=True), plan) is None
-    assert store.load(make_problem(seed=5), plan) is None
-    assert store.load(make_problem(), plan) is not None
+    cases = [(task, dataclasses.replace(plan, **other)) for other in ({}, *others)]
+    cases += [(dataclasses.replace(task, num_seen=50), plan), (make_task(True), plan), (make_task(seed=5), plan)]
+    for _ in range(2):
+        found = [Runner(one, Cache(tmp_path)).run(plan) for one, plan in cases]
+        assert found == list(range(1, 1 + len(cases)))
 
 
-def by_hand(problem, seed, optimizers):
+def by_hand(task, seed, optimizers):
     """Trains with an optimiser for each epoch; one that was there before keeps its state, a new one starts afresh."""
-    params, rng, current, state = problem.init(seed), np.random.default_rng(seed), None, None
-    loss = lambda p, batch: classification_loss(problem.network.apply({"params": p}, batch.images), batch)  # noqa: E731
+    params, rng, current, state = task.start(seed), np.random.default_rng(seed), None, None
+    loss = lambda p, batch: classification_loss(task.network.apply({"params": p}, batch.images), batch)  # noqa: E731
     grad = jax.jit(jax.grad(loss))
     for optimizer in optimizers:
         if optimizer is not current:
             current, state, update = optimizer, optimizer.init(params), jax.jit(optimizer.update)
-        order = rng.permutation(len(problem.train.labels))
+        order = rng.permutation(len(task.data.train.labels))
         for indices in order.reshape(-1, networks.BATCH_SIZE):
-            batch = Batch(*(array[indices] for array in problem.train))
+            batch = Batch(*(array[indices] for array in task.data.train))
             updates, state = update(grad(params, batch), state, params)
             params = optax.apply_updates(params, updates)
     return params
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])
-def test_a_switched_run_equals_the_two_optimisers_by_hand(problem, trainer, share):
+def test_a_switched_run_equals_the_two_optimisers_by_hand(task, runner, share):
     plan = Plan(Stage("SGD", 0.1), 3, 4, second=Stage("Adam", 0.01), switch_at=share)
-    run = trainer.run(plan)
+    run = runner.run(plan)
     first, second = optax.sgd(0.1), optax.adam(0.01)
-    expected = by_hand(problem, 3, [first] * int(4 * share) + [second] * int(4 - 4 * share))
+    expected = by_hand(task, 3, [first] * int(4 * share) + [second] * int(4 - 4 * share))
     for got, want in zip(jax.tree.leaves(run.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    gap = optax.tree.norm(optax.tree.sub(run.params, problem.init(3)))
-    assert run.final("distance") == pytest.approx(float(gap), rel=1e-4)
+    gap = optax.tree.norm(optax.tree.sub(run.params, task.start(3)))
+    assert run.final["distance"] == pytest.approx(float(gap), rel=1e-4)
     assert run.curve["gradients"] == [4.0, 8.0, 12.0, 16.0]
 
 
-def test_a_step_of_two_gradients_counts_as_two(trainer):
-    run = trainer.run(Plan(Stage("SGD", 0.1), 1, 2, second=Stage("SGD+RK2", 0.1), switch_at=0.5))
-    assert run.curve["gradients"] == [4.0, 12.0]
+def test_a_step_of_two_gradients_counts_as_two(runner):
+    assert runner.run(Plan(Stage("SGD+RK2", 0.1), 1, 2)).curve["gradients"] == [8.0, 16.0]
 
 
 @pytest.mark.parametrize("initialisation", experiments.EXOTIC, ids=str)
 def test_unusual_initialisations_have_the_mean_and_deviation_they_name(initialisation):
-    problem = make_problem(batch_norm=True)
-    usual, drawn = problem.init(1), problem.init(1, initialisation)
+    task = make_task(batch_norm=True)
+    usual, drawn = task.start(1), task.start(1, initialisation)
     is_kernel = [leaf.ndim > 1 for leaf in jax.tree.leaves(usual)]
     pairs = list(zip(is_kernel, jax.tree.leaves(usual), jax.tree.leaves(drawn), strict=True))
     values = np.concatenate([np.ravel(leaf) for kernel, _, leaf in pairs if kernel])
@@ -150,69 +143,53 @@ def test_unusual_initialisations_have_the_mean_and_deviation_they_name(initialis
     assert values.std() == pytest.approx(deviation, rel=0.05)
     assert len(np.unique(values)) > 0.5 * values.size  # each kernel is a draw of its own
     assert all(np.array_equal(a, b) for kernel, a, b in pairs if not kernel)
-    other = problem.init(2, initialisation)
+    other = task.start(2, initialisation)
     assert not leaves_equal(drawn, other)
 
 
 def test_networks_are_looked_at_with_the_statistics_of_the_seen_examples():
-    problem = make_problem(batch_norm=True)
-    params = problem.init(0)
-    seen = Batch(*(array[:100] for array in problem.train))
-    variables = {"params": params, "batch_stats": problem._statistics}
-    step = jax.jit(lambda v: v | problem.network.apply(v, seen.images, train=True, mutable=["batch_stats"])[1])
+    task = make_task(batch_norm=True)
+    params = task.start(0)
+    seen = Batch(*(array[:100] for array in task.data.train))
+    variables = {"params": params, "batch_stats": task._statistics}
+    step = jax.jit(lambda v: v | task.network.apply(v, seen.images, train=True, mutable=["batch_stats"])[1])
     for _ in range(200):
         variables = step(variables)
-    figures = jax.jit(problem.figures)(params)
-    for split, batch in (("train", seen), ("test", problem.test)):
-        logits = problem.network.apply(variables, batch.images)
+    figures = jax.jit(task.figures)(params)
+    for split, batch in (("train", seen), ("test", task.data.test)):
+        logits = task.network.apply(variables, batch.images)
         assert figures[f"{split}_loss"] == pytest.approx(float(classification_loss(logits, batch)), rel=1e-4)
         share = np.mean(np.argmax(logits, axis=-1) == batch.labels)
         assert figures[f"{split}_accuracy"] == pytest.approx(share)
 
 
-@pytest.mark.parametrize(
-    ("losses", "best", "tried"),
-    [
-        ({0.1: 2.0, 0.3: 1.0, 0.9: math.nan}, 0.3, [0.1, 0.3, 0.9]),
-        ({0.1: 3.0, 0.3: 2.0, 0.9: 1.0, 2.7: 0.5, 8.1: 4.0}, 2.7, [0.1, 0.3, 0.9, 2.7, 8.1]),
-        (
-            {0.1: 3.0, 0.3: math.nan, 0.9: math.inf, 0.033: 2.0, 0.011: 1.0, 0.0037: 0.5},
-            0.0037,
-            [0.1, 0.3, 0.9, 0.033, 0.011, 0.0037],
-        ),
-    ],
-)
-def test_tuning_takes_the_rate_of_the_least_finite_loss_and_looks_beyond_the_grid(
-    trainer, monkeypatch, losses, best, tried
-):
+def test_rates_are_tuned_beyond_the_grid(runner, monkeypatch):
     rates, told = [], []
 
     def run(plan):
         rates.append(plan.first.rate)
-        return Trained(plan, {}, {"loss": [0.0, losses[plan.first.rate]]})
+        return run_of(loss=1 / plan.first.rate, plan=plan)
 
-    monkeypatch.setattr(trainer, "run", run)
-    assert trainer.tuned_rate("SGD", 2, told.append, grid=(0.1, 0.3, 0.9)) == best
-    assert rates == tried
-    assert len(told) == 3  # what the progress bar was told to expect
+    monkeypatch.setattr(runner, "run", run)
+    assert runner.tuned_rate("SGD", 2, told.append, grid=(0.1, 0.3)) == 8.1
+    assert rates == [0.1, 0.3, 0.9, 2.7, 8.1]
+    assert len(told) == 5
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    problem = make_problem()
-    trainer = Trainer(problem, Store(tmp_path_factory.mktemp("runs")))
-    runs = experiments.train_methods(trainer, SCALE, SCALE.methods, lambda text: None)
-    reports = []
-    slices = experiments.Slices(problem)
-    result = experiments.measure_minima(slices, runs, SCALE, reports.append)
-    assert len(reports) == experiments.num_slices(SCALE, 2)
+    task = make_task()
+    runner = Runner(task, Cache(tmp_path_factory.mktemp("runs")))
+    runs = experiments.train_methods(runner, SCALE, SCALE.methods, lambda text: None)
+    slices = experiments.Slices(task)
+    result = experiments.measure_minima(slices, runs, SCALE, lambda text: None)
     return slices, result
 
 
-def test_slices_meet_where_the_networks_are(problem, found):
+def test_slices_meet_where_the_networks_are(task, found):
     slices, one = found
     sgd, adam = one.runs["SGD"][0], one.runs["Adam"][0]
-    start, ends = float(problem.seen_loss(slices.start(sgd))), (sgd.final("train_loss"), adam.final("train_loss"))
+    start, ends = float(task.seen_loss(slices.start(sgd))), (sgd.final["train_loss"], adam.final["train_loss"])
     line = one.from_start.by_name["SGD"][0]
     np.testing.assert_allclose(one.from_start.x[[0, 3, -1]], [0.0, 1.0, 3.0])
     np.testing.assert_allclose(line[[0, 3]], [start, ends[0]], rtol=1e-4)
@@ -221,25 +198,25 @@ def test_slices_meet_where_the_networks_are(problem, found):
     triangle = one.triangles["SGD | Adam"]
     np.testing.assert_allclose(triangle.loss[0], start, rtol=1e-4)
     np.testing.assert_allclose(triangle.x[4], 1.25)
-    along = experiments.Slices(problem).triangle(sgd, adam, 6)  # with a point at α = 1
+    along = experiments.Slices(task).triangle(sgd, adam, 6)  # with a point at α = 1
     np.testing.assert_allclose(along[4, [-1, 0]], ends, rtol=1e-4)
     assert one.initial_loss == pytest.approx(np.mean([curve[0] for curve in one.from_start.by_name["SGD"]]))
 
 
-def test_absolute_lines_lead_from_the_end_to_the_start(problem, found):
+def test_absolute_lines_lead_from_the_end_to_the_start(task, found):
     slices, one = found
     x, sgd = one.around_end.x, one.runs["SGD"][0]
-    longest = max(runs[0].final("distance") for runs in one.runs.values())
+    longest = max(runs[0].final["distance"] for runs in one.runs.values())
     np.testing.assert_allclose(x[[0, -1]], [-2 * longest, longest])
-    at_start = np.interp(sgd.final("distance"), x, one.around_end.by_name["SGD"][0])
-    assert at_start == pytest.approx(float(problem.seen_loss(slices.start(sgd))), rel=0.05)
-    assert np.interp(0, x, one.around_end.by_name["SGD"][0]) == pytest.approx(sgd.final("train_loss"), rel=0.1)
+    at_start = np.interp(sgd.final["distance"], x, one.around_end.by_name["SGD"][0])
+    assert at_start == pytest.approx(float(task.seen_loss(slices.start(sgd))), rel=0.05)
+    assert np.interp(0, x, one.around_end.by_name["SGD"][0]) == pytest.approx(sgd.final["train_loss"], rel=0.1)
 
 
-def test_distance_and_disagreement_are_those_from_the_first_end(problem, found):
+def test_distance_and_disagreement_are_those_from_the_first_end(task, found):
     _, one = found
     first, second = (one.runs[name][1].params for name in ("SGD", "Adam"))
-    a, b = (np.asarray(problem.network.apply({"params": params}, problem.test.images)) for params in (first, second))
+    a, b = (np.asarray(task.network.apply({"params": params}, task.data.test.images)) for params in (first, second))
     disagreement = one.between.disagreement.by_name["SGD | Adam"][1]
     distance = one.between.distance.by_name["SGD | Adam"][1]
     assert disagreement[0] == distance[0] == 0
@@ -248,10 +225,12 @@ def test_distance_and_disagreement_are_those_from_the_first_end(problem, found):
     assert distance[-1] == pytest.approx(math.sqrt(np.mean(np.sum(gap**2, axis=-1))), rel=1e-4)
 
 
-def run_of(distance=(1.0,), seed=1, second=None, **figures):
+def run_of(distance=(1.0,), seed=1, second=None, plan=None, **figures):
     curve = {name: [value] for name, value in figures.items()} | {"distance": list(distance)}
-    plan = Plan(Stage("Adam", 0.1), seed, len(distance), second=second, switch_at=0.5)
-    return Trained(plan, {}, curve)
+    plan = plan or Plan(Stage("Adam", 0.1), seed, len(distance), second=second, switch_at=0.5)
+    setting = {"learning rate": plan.first.rate}
+    final = {name: column[-1] for name, column in curve.items()}
+    return Trained(setting=setting, seed=seed, curve=curve, final=final, plan=plan)
 
 
 def made_up(basins, train_accuracies, barrier, disagreement=0.2, spread=1e-3):
@@ -303,7 +282,7 @@ def test_absolute_widths_are_in_units_of_the_parameters():
     one = made_up({"SGD": 0.4, "Adam": 0.8}, {"SGD": 0.8, "Adam": 0.9}, 0.5)
     for runs in one.runs.values():
         for run in runs:
-            run.curve["distance"][-1] = 3.0
+            run.final["distance"] = 3.0
     np.testing.assert_allclose(one.widths(True)["Adam"], np.multiply(3, one.widths(False)["Adam"]), rtol=1e-5)
 
 
@@ -312,9 +291,8 @@ def test_a_run_that_diverged_has_no_basin_and_decides_nothing():
     assert math.isnan(experiments.basin(x, np.array([2.0, 1.0] + [np.nan] * 5), 1.5))
     claim = verdicts.separated("ends", {"a | b": [math.nan]}, 1.0)
     assert claim.verdict == Verdict.UNDECIDED
-    content = experiments.plain({"a": np.array([1.0, np.nan]), "b": run_of(train_loss=math.inf)})
-    assert experiments.num_not_finite(content) == 2
-    json.dumps(content)
+    bad = experiments.RungeKutta("net", {"SGD": [run_of(train_loss=math.inf), run_of((1.0, math.nan))]})
+    assert experiments.num_not_finite(bad) == 2
 
 
 def test_the_barriers_that_are_missing_are_named():
@@ -367,13 +345,11 @@ def test_verdicts_on_initialisations(learns_without):
     assert by_text["bn ends with a lower training loss as usual than from N(-1, 1)."] == Verdict.HOLDS
 
 
-def test_runge_kutta_runs_compute_equally_many_gradients(trainer, monkeypatch):
+def test_runge_kutta_runs_compute_equally_many_gradients(runner, monkeypatch):
     monkeypatch.setattr(experiments, "SCHEMES", {"Heun": "SGD+RK2"})  # each takes seconds to compile
     scale = dataclasses.replace(SCALE, num_seeds=1)
-    reports = []
-    found = experiments.train_runge_kutta(trainer, scale, reports.append)
-    assert len(reports) == experiments.num_runge_kutta_runs(scale)
-    assert {run.final("gradients") for runs in found.runs.values() for run in runs} == {8.0}
+    found = experiments.train_runge_kutta(runner, scale, lambda text: None)
+    assert {run.final["gradients"] for runs in found.runs.values() for run in runs} == {8.0}
     rates = {name: runs[0].plan.first.rate for name, runs in found.runs.items()}
     assert rates["SGD x2"] == rates["SGD, Heun"] == 2 * rates["SGD"]
 
@@ -383,7 +359,7 @@ def test_pieces_of_a_text_are_followed_by_their_labels(tmp_path):
     with pytest.raises(DataError, match=r"ptb\.valid\.txt"):
         networks.read_text(tmp_path)
     (tmp_path / "ptb.valid.txt").write_text("dcbaz\n" * 100)
-    train, test = networks.read_text(tmp_path)
+    train, test, _ = networks.read_text(tmp_path)
     for batch in (train, test):
         assert batch.images.shape[1] == 32
         np.testing.assert_array_equal(batch.images[:, 1:], batch.labels[:, :-1])
@@ -393,7 +369,7 @@ def test_pieces_of_a_text_are_followed_by_their_labels(tmp_path):
 
 
 def test_without_a_text_pythons_manual_is_read(tmp_path):
-    train, test = networks.read_text(tmp_path)
+    train, test, _ = networks.read_text(tmp_path)
     assert len(train.labels) > 4 * len(test.labels) > 2400
     assert "assert" in pydoc_data.topics.topics
     assert int(jnp.max(train.images)) == networks.NUM_SYMBOLS - 1
@@ -409,16 +385,9 @@ def test_networks_take_part_with_and_without_batch_norm(name):
     assert logits.shape == ((2, 5, networks.NUM_SYMBOLS) if name == "lstm" else (2, 10))
 
 
-def write_images(folder):
-    for prefix, batch in (("train", images(200)), ("t10k", images(64, 1))):
-        pictures = np.asarray(255 * np.clip(batch.images[..., 0], 0, 1)).astype(np.uint8)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(pictures))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(np.asarray(batch.labels).astype(np.uint8)))
-
-
 @pytest.mark.parametrize("part", ["switching", "batch-norm", "initialisation"])
-def test_command_writes_tables_figures_and_pictures(part, tmp_path, monkeypatch):
-    write_images(tmp_path)
+def test_command_writes_summaries_tables_and_pictures(part, tmp_path, monkeypatch):
+    write_fashion_mnist(tmp_path, 200, 64)
     small = {name: Net(name.endswith("-bn")) for name in loss_surfaces.NETWORKS if name != "lstm"}
     monkeypatch.setattr(loss_surfaces, "NETWORKS", small)
     monkeypatch.setattr(loss_surfaces, "WITHOUT_NORM", {"vgg": "vgg-bn"})
@@ -426,16 +395,14 @@ def test_command_writes_tables_figures_and_pictures(part, tmp_path, monkeypatch)
     monkeypatch.setattr(experiments, "QUICK", quick)
     options = ["loss-surfaces", "--part", part, "--quick", "--data-dir", str(tmp_path), "--output", str(tmp_path / "o")]
     assert main(options) == 0
-    assert json.loads((tmp_path / "o" / f"claims-{part}.json").read_text())["claims"]
-    pictures = {path.name for path in (tmp_path / "o").glob("*.png")}
-    tables = {path.stem for path in (tmp_path / "o").glob("*.txt")} - {f"claims-{part}"}
-    expected = {
-        "switching": ({"figure-7-lines.png", "figure-7-distance.png"}, {"switching"}),
-        "batch-norm": ({"table-2-vgg.png", "figure-8-pairs-vgg.png", "figure-6-vgg.png"}, {"minima-vgg"}),
-        "initialisation": ({"figure-11-training.png", "figure-11-lines.png"}, {"initialisation"}),
+    pictures, stem = {
+        "switching": ({"figure-7-lines", "figure-7-distance", "figure-7-test-accuracy"}, "switching"),
+        "batch-norm": ({"table-vgg", "between-vgg", "figure-6-vgg", "surface-vgg"}, "minima-vgg"),
+        "initialisation": ({"figure-11"}, "initialisation"),
     }[part]
-    assert expected[0] <= pictures
-    assert tables == expected[1]
-    content = json.loads((tmp_path / "o" / f"{min(tables)}.json").read_text())
+    assert pictures <= {path.stem for path in (tmp_path / "o").glob("*.png")}
+    assert {path.stem for path in (tmp_path / "o").glob("*.md")} == {stem, f"claims-{stem}"}
+    content = read_json(tmp_path / "o" / f"{stem}.json")
+    assert content["claims"]
     assert content["not_finite"] == 0
     assert content["scale"]["num_images"] == 128

@@ -1,0 +1,1 @@
+"""Trust regions and norms that follow the gradients."""

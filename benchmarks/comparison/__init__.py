@@ -1,0 +1,1 @@
+"""Every method on one task, each tuned on the same budget."""

@@ -1,0 +1,1 @@
+"""What the studies share: tasks, methods, training, tuning, kept measurements, statistics, tables, pictures."""

@@ -1,0 +1,1 @@
+"""Loss surfaces between the minima that optimisers find."""

@@ -1,0 +1,1 @@
+"""Time, memory, precision, and scale."""

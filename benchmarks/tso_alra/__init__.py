@@ -1,0 +1,1 @@
+"""Preconditioning first, SGD later; what refreshing factors costs; a peer."""

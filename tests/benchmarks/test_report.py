@@ -1,0 +1,44 @@
+"""The pages of the documentation are what `python -m benchmarks report` writes from the summaries in git."""
+
+import pathlib
+import re
+
+import pytest
+
+from benchmarks.__main__ import PAGES, studies
+from benchmarks.core import report
+
+STUDIES = studies()
+RESULTS = pathlib.Path(report.__file__).parents[1] / "results"
+every_study = pytest.mark.parametrize("name", STUDIES)
+STALE = "Run `python -m benchmarks report`, and commit what it writes."
+
+
+@every_study
+def test_tables_and_page_are_what_report_writes(name):
+    tables = STUDIES[name].tables(RESULTS / name)
+    for stem, text in tables.items():
+        assert (RESULTS / name / f"{stem}.md").read_text() == text, f"{stem}.md is stale. {STALE}"
+    page = (PAGES / f"{name}.md").read_text()
+    assert page == report.page(STUDIES[name], tables), f"docs/results/{name}.md is stale. {STALE}"
+    assert {path.stem for path in (RESULTS / name).glob("*.md")} == tables.keys(), "A table that nothing writes."
+
+
+@every_study
+def test_a_page_shows_every_picture_and_no_number_typed_by_hand(name):
+    template = (pathlib.Path(STUDIES[name].__file__).parent / "results.md").read_text()
+    drawn = {path.name for path in (RESULTS / name).glob("*.png")}
+    assert drawn == set(re.findall(rf"\]\(\.\./\.\./benchmarks/results/{name}/(.*?)\)", template))
+    prose = re.sub(r"\{\{.*?\}\}|JAX [\d.]+", "", template)
+    assert not re.search(r"\d\.\d|±|\d ?%", prose), "Measured numbers belong into tables, which summaries fill."
+
+
+@every_study
+def test_results_in_git_are_small(name):
+    summaries = sum(path.stat().st_size for path in (RESULTS / name).glob("*.json"))
+    assert summaries < 100_000
+    assert max(path.stat().st_size for path in (RESULTS / name).glob("*.png")) < 150_000
+
+
+def test_all_results_together_are_small():
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 3_000_000
