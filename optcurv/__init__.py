@@ -1,11 +1,12 @@
 """Curvature-aware optimisers as optax transformations."""
 
 from optcurv.accumulation import accumulate
-from optcurv.curvature import Composite, gauss_newton_product, hessian_product, nnx_value_fn
+from optcurv.curvature import Composite, GaussNewtonProduct, gauss_newton_product, hessian_product, nnx_value_fn
 from optcurv.diagnostics import diagnostics
+from optcurv.examples import per_example
 from optcurv.kronecker.factors import BLOCK, DIAGONAL, KRONECKER, Structure
-from optcurv.kronecker.layers import layers
 from optcurv.kronecker.preconditioner import scale_by_kronecker
+from optcurv.kronecker.recording import layers
 from optcurv.kronecker.samplers import sample_categorical_gradients, sample_gaussian_gradients
 from optcurv.krylov import Metric, minres
 from optcurv.landscape.batch_stats import recomputed_batch_stats
@@ -29,7 +30,10 @@ from optcurv.landscape.spectra import (
 from optcurv.losses import softmax_cross_entropy_with_integer_labels
 from optcurv.masking import masked
 from optcurv.methods.adaptive_cubic import adaptive_cubic
+from optcurv.methods.damped import conjugate_gradients, minimum_residual
+from optcurv.methods.dense import dense
 from optcurv.methods.edf import edf, scale_by_edf, scale_by_nesterov_flow
+from optcurv.methods.levenberg_marquardt import levenberg_marquardt
 from optcurv.methods.norms import Norm, adagrad_norm, full_matrix_norm, rmsprop_norm, uniform_norm
 from optcurv.methods.pal import pal, scale_by_parabolic_linesearch
 from optcurv.methods.runge_kutta import EULER, HEUN, MIDPOINT, RALSTON, RK4, Tableau, adam_rk2, runge_kutta, sgd_rk2
@@ -51,6 +55,7 @@ __all__ = [
     "RALSTON",
     "RK4",
     "Composite",
+    "GaussNewtonProduct",
     "Metric",
     "Norm",
     "Stop",
@@ -66,6 +71,8 @@ __all__ = [
     "barycentric",
     "basin_width",
     "bilinear",
+    "conjugate_gradients",
+    "dense",
     "diagnostics",
     "diagonal_mass",
     "edf",
@@ -80,12 +87,15 @@ __all__ = [
     "layers",
     "leading_eigenpairs",
     "least_squares_diagonal_mass",
+    "levenberg_marquardt",
     "line",
     "masked",
+    "minimum_residual",
     "minres",
     "nnx_value_fn",
     "on_plateau",
     "pal",
+    "per_example",
     "plane",
     "plane_coordinates",
     "plot_line",

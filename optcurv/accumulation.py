@@ -22,11 +22,11 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
     returns come back once for each micro-batch, all updated from the same old ones; average them, as in
     `jax.tree.map(lambda s: s.mean(0), updated)`.
 
-    Micro-batches are evaluated one after the other, and again where a gradient or a product needs what the forward
-    pass left, so products cost up to a half more.
+    Micro-batches are evaluated one after the other, and again where a gradient or a product needs intermediate results
+    of the forward pass, so products cost up to half as much again.
 
-    The Kronecker factors of `optcurv.scale_by_kronecker` are taken of all micro-batches together; with
-    `curvature_value_fn=loss_of_batch(one_of_them)` they are those of a part, and need no more memory than it.
+    The Kronecker factors of `optcurv.scale_by_kronecker` are computed from all micro-batches together; with
+    `curvature_value_fn=loss_of_batch(one_of_them)` from one of them, in the memory of one.
 
     Args:
       loss_of_batch: maps a micro-batch to its loss closure, or `Composite`, a mean over its examples.
@@ -57,7 +57,7 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
         )
 
     def over_batches(fn: Callable[..., PyTree], *rest: PyTree) -> PyTree:
-        """Stacks the results; a pass back evaluates again what it needs."""
+        """Stacks the results; a backward pass evaluates again what it needs."""
         return jax.lax.map(lambda arguments: _micro_batch(jax.checkpoint(fn))(*arguments), (batches, *rest))
 
     def value_fn(params: PyTree) -> Any:
@@ -83,14 +83,18 @@ def accumulate(loss_of_batch: Callable[[PyTree], ValueFn], batches: PyTree) -> V
         loss_fn=lambda outputs: jnp.mean(over_batches(lambda batch, one: composite_of(batch).loss_fn(one), outputs)),
         has_aux=kind.has_aux,
         value_fn=value_fn,
+        composite_of=composite_of,
+        batches=batches,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Accumulated(Composite):
-    """Its value takes one pass: by way of all outputs, derivatives would keep more than those of a micro-batch."""
+    """Its value takes one pass; through all outputs, derivatives would keep the activations of all micro-batches."""
 
     value_fn: ValueFn = dataclasses.field(kw_only=True)
+    composite_of: Callable[[PyTree], Composite] = dataclasses.field(kw_only=True)
+    batches: PyTree = dataclasses.field(kw_only=True)
 
     def __call__(self, params: PyTree, **ignored: Any) -> Any:
         del ignored  # what optax's line searches hand on
@@ -98,15 +102,36 @@ class _Accumulated(Composite):
 
     def of(self, params_from: Callable[[Any], PyTree]) -> "_Accumulated":
         """Returns the loss as a function of what `params_from` makes the parameters of."""
-        value_fn = lambda given: self.value_fn(params_from(given))  # noqa: E731
-        return dataclasses.replace(self, model_fn=super().of(params_from).model_fn, value_fn=value_fn)
+        return dataclasses.replace(
+            self,
+            model_fn=super().of(params_from).model_fn,
+            value_fn=lambda given: self.value_fn(params_from(given)),
+            composite_of=lambda batch: self.composite_of(batch).of(params_from),
+        )
+
+    def mean_over_parts(self, fn: Callable[[Composite], PyTree]) -> PyTree:
+        """Returns the mean of a function over the losses of all micro-batches, keeping one value at a time."""
+        of_batch = lambda batch: fn(self.composite_of(batch))  # noqa: E731
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, of_batch(batch)), None)  # noqa: E731
+        first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], self.batches) for part in (0, slice(1, None)))
+        total, _ = jax.lax.scan(add, of_batch(first), rest)
+        number = jnp.shape(jax.tree.leaves(self.batches)[0])[0]
+        return jax.tree.map(lambda leaf: leaf / number, total)
+
+    def stack_over_parts(self, fn: Callable[[Composite], PyTree]) -> PyTree:
+        """Returns the values of a function for the losses of all micro-batches, along a new first axis."""
+        return jax.lax.map(lambda batch: fn(self.composite_of(batch)), self.batches)
 
 
-jax.tree_util.register_dataclass(_Accumulated, data_fields=["model_fn", "loss_fn", "value_fn"], meta_fields=["has_aux"])
+jax.tree_util.register_dataclass(
+    _Accumulated,
+    data_fields=["model_fn", "loss_fn", "value_fn", "composite_of", "batches"],
+    meta_fields=["has_aux"],
+)
 
 
 def _micro_batch(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks the body of a `scan` whose iterations see other examples each, as against steps of a sequence."""
+    """Marks the body of a `scan` whose iterations see different examples, as opposed to the steps of a sequence."""
 
     def optcurv_micro_batch(*arguments: Any) -> Any:
         return fn(*arguments)

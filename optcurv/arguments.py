@@ -27,9 +27,9 @@ def check_number(
     exclusive: bool = False,
     constant: bool = False,
 ) -> None:
-    """Raises `ValueError` if a plain number lies outside `[minimum, maximum]`, or on an `exclusive` minimum.
+    """Raises `ValueError` if a plain number lies outside `[minimum, maximum]`, or equals an `exclusive` minimum.
 
-    A schedule is checked for its one argument only, and refused where the number must be `constant`. Traced values
+    Of a schedule only its one argument is checked; it is refused where the number must be `constant`. Traced values
     (`optax.inject_hyperparams`) pass, as they are not known yet.
     """
     if isinstance(value, jax.Array):
@@ -93,7 +93,7 @@ def checked(
     *,
     needs_loss: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation of `init` and `update` whose `update` first checks what it is called with.
+    """Makes a transformation of `init` and an `update` that first checks what it is called with.
 
     Everything is checked while the update is traced, so that a compiled step pays nothing. Where params hold no number,
     as in an empty group of `optax.partition`, there is nothing to optimise: updates and state are returned as they are,
@@ -101,9 +101,9 @@ def checked(
 
     Args:
       method: its name, for the messages.
-      init: of the transformation. What it makes of the parameters tells whether a state belongs to them.
+      init: of the transformation. A state must look like the one that it makes for the parameters.
       update: of the transformation.
-      needs_loss: whether `update` cannot do without `params` and `value_fn`; all leaves must then be real and floating.
+      needs_loss: whether `update` needs `params` and `value_fn`; all leaves must then be real and floating.
 
     Raises:
       ValueError: if params are missing or the gradients or the state do not fit them.
@@ -151,31 +151,30 @@ def _check_loss(method: str, params: PyTree, given: dict[str, Any]) -> None:
 
 def check_like(name: str, tree: PyTree, params: PyTree) -> None:
     """Raises `ValueError` unless a tree has the structure of the parameters and their shapes."""
-    difference = _difference(name, tree, "params", params)
+    problem = difference(name, tree, "params", params)
     structure, expected = jax.tree.structure(tree), jax.tree.structure(params)
-    if not difference and structure != expected:
-        difference = f"{name} has the structure {structure}, and params {expected}"
-    if difference:
+    if not problem and structure != expected:
+        problem = f"{name} has the structure {structure}, and params {expected}"
+    if problem:
         raise ValueError(
-            f"{name} must have the structure and the shapes of params, but {difference}. Pass the gradient at these "
+            f"{name} must have the structure and the shapes of params, but {problem}. Pass the gradient at these "
             "params, as in update(gradient, state, params, value_fn=loss)."
         )
 
 
 def _check_state(method: str, state: PyTree, init: optax.TransformInitFn, params: PyTree) -> None:
-    difference = _difference("state", state, "init(params)", jax.eval_shape(init, params))
-    if difference:
+    problem = difference("state", state, "init(params)", jax.eval_shape(init, params))
+    if problem:
         raise ValueError(
-            f"state must be one that {method} made for these params, but {difference}. Make it anew, with "
+            f"state must be one that {method} made for these params, but {problem}. Make it anew, with "
             "state = optimizer.init(params)."
         )
 
 
-def _difference(name: str, tree: PyTree, like_name: str, like: PyTree) -> str:
-    """Describes the first leaf in whose place or shape two trees differ; empty if there is none."""
+def difference(name: str, tree: PyTree, like_name: str, like: PyTree) -> str:
+    """Describes the first leaf whose path or shape differs between two trees; empty if there is none."""
     shapes, expected = (
-        {path_name(path): tuple(getattr(leaf, "shape", ())) for path, leaf in jax.tree_util.tree_leaves_with_path(each)}
-        for each in (tree, like)
+        {path: tuple(getattr(leaf, "shape", ())) for path, leaf in by_path(each).items()} for each in (tree, like)
     )
     for path in expected | shapes:
         if path not in shapes:
@@ -220,7 +219,7 @@ def _typeof(value: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """Names a value in a message: an array by its type, a function by its name, anything else in short."""
+    """Names a value in a message: an array by its type, a function by its name, anything else briefly."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array {value.dtype}{value.shape}"
     if callable(value) and hasattr(value, "__name__"):
@@ -261,7 +260,7 @@ def scheduled(
 def wide_dtype(tree: PyTree) -> jax.typing.DTypeLike:
     """Returns the leaves' common dtype, or float32 where that is narrower.
 
-    Inner products and recurrences live in it: bfloat16 would ruin them.
+    Inner products and recurrences are computed in it: bfloat16 would ruin them.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -276,7 +275,7 @@ def at_least_float32(tree: PyTree) -> PyTree:
 
 
 def vector_space(params: PyTree) -> tuple[PyTree, int]:
-    """Returns the parameters in at least float32, and how many numbers they are; raises if there is none."""
+    """Returns the parameters in at least float32, and how many numbers they hold; raises if there is none."""
     params = at_least_float32(params)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(params))
     if dimension == 0:
@@ -285,11 +284,21 @@ def vector_space(params: PyTree) -> tuple[PyTree, int]:
 
 
 def key_or_default(key: chex.PRNGKey | None) -> chex.PRNGKey:
-    """Returns the key, or the one that stands for none."""
+    """Returns the key, or a fixed one if there is none."""
     return jax.random.key(0) if key is None else key
 
 
+def layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    """Returns a tree's structure and the shapes of its leaves."""
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves in their order, by their paths as `path_name` writes them."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def path_name(path: tuple[Any, ...]) -> str:
-    """Writes the path of a leaf; the same for an nnx variable and for its value, which optimisers see in turn."""
+    """Writes the path of a leaf, the same for an nnx variable and its value: optimisers see now one, now the other."""
     is_value = path and path[-1] == jax.tree_util.GetAttrKey("value")
     return jax.tree_util.keystr(path[:-1] if is_value else path)

@@ -1,4 +1,4 @@
-"""Convolutions as fast inside of loops as outside, by rewriting jaxprs, JAX's own form of a traced function."""
+"""Makes convolutions as fast inside loops as outside, by rewriting jaxprs, JAX's own form of a traced function."""
 
 import functools
 import operator
@@ -16,20 +16,19 @@ def with_canonical_convolutions(fn: Callable[[Any], Any], argument: Any) -> Call
     XLA:CPU has a fast convolution for one order of dimensions only, and brings others into that order in a program's
     entry but not inside `while`, `scan` or `cond`, where a weight gradient then takes some fifty times as long
     (https://github.com/jax-ml/jax/issues/12868). Here each such convolution becomes one in canonical order between
-    transposes, on CPUs alone. Nested functions (`jit`, `scan`, `cond`, `jax.checkpoint`, ...) are rewritten too, but
-    for the body of a `shard_map`.
+    transposes, on CPUs alone. Nested functions (`jit`, `scan`, `cond`, `jax.checkpoint`, ...) are rewritten too,
+    except the body of a `shard_map`.
 
     Args:
-      fn: a function of one pytree of arrays. It is traced once and may close over traced values.
+      fn: a function of one pytree of arrays. It may close over traced values.
       argument: a pytree of arrays of the shapes and dtypes that `fn` is to be called with.
 
     Returns:
-      A function equal to `fn` to rounding; `fn` itself where it holds no such convolution.
+      A function equal to `fn` to rounding, and of the very same operations where it holds no such convolution. `fn`
+      is traced here and never again.
     """
     traced, out_shape = jax.make_jaxpr(fn, return_shape=True)(argument)
     rewritten = _rewritten(traced)
-    if rewritten is traced:
-        return fn
     out_structure = jax.tree.structure(out_shape)
 
     def canonical_fn(argument: Any) -> Any:
@@ -40,7 +39,7 @@ def with_canonical_convolutions(fn: Callable[[Any], Any], argument: Any) -> Call
 
 
 def _rewritten(jaxpr: Any) -> Any:
-    """Returns a jaxpr of the same signature with canonical convolutions, or the very same one if it has no others."""
+    """Returns a jaxpr of the same signature with canonical convolutions, or itself if there is nothing to do."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)  # JAX 0.10 wraps a jaxpr with its constants, JAX 0.12 has one class
     eqns = [new for eqn in inner.eqns for new in _rewritten_equation(eqn)]
     if eqns == inner.eqns:
@@ -82,7 +81,7 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _canonical_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """Returns what takes a convolution's place: the canonical one on a CPU, the very same one elsewhere."""
+    """Returns the equations that replace a convolution: a canonical one on a CPU, the unchanged one elsewhere."""
     plain = functools.partial(jax.lax.conv_general_dilated, **eqn.params)
     canonical = functools.partial(_canonical_convolution, **eqn.params)
 

@@ -14,6 +14,7 @@ import optax
 
 from optcurv.arguments import PyTree, ValueFn, check_function, describe, scalar_fn
 from optcurv.convolutions import with_canonical_convolutions
+from optcurv.examples import PerExample
 
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A linear operator: maps a pytree like the parameters to another, and keeps its dtype."""
@@ -105,7 +106,17 @@ class Composite:
 
     def of(self, params_from: Callable[[Any], PyTree]) -> "Composite":
         """Returns the loss as a function of what `params_from` makes the parameters of."""
+        if isinstance(self.model_fn, PerExample):
+            return dataclasses.replace(self, model_fn=self.model_fn.of(params_from))
         return dataclasses.replace(self, model_fn=lambda given: self.model_fn(params_from(given)))
+
+    def mean_over_parts(self, fn: Callable[["Composite"], PyTree]) -> PyTree:
+        """Returns the mean of a function over the losses whose mean this is: over itself, but for `accumulate`."""
+        return fn(self)
+
+    def stack_over_parts(self, fn: Callable[["Composite"], PyTree]) -> PyTree:
+        """Returns the values of a function for the losses whose mean this is, along a new first axis."""
+        return jax.tree.map(lambda leaf: leaf[None], fn(self))
 
 
 jax.tree_util.register_dataclass(Composite, data_fields=["model_fn", "loss_fn"], meta_fields=["has_aux"])
@@ -182,7 +193,41 @@ def hessian_product(value_fn: ValueFn, params: PyTree) -> MatVec:
     return _keeping_dtype(with_canonical_convolutions(product, params), params)
 
 
-def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
+@dataclasses.dataclass(frozen=True)
+class GaussNewtonProduct:
+    r"""The product :math:`v \mapsto J_\varphi^\top H_\ell J_\varphi\, v`, and its three factors.
+
+    Attributes:
+      composite: the loss.
+      params: the point w.
+      outputs: the model's outputs there.
+      jacobian: :math:`v \mapsto J_\varphi v`, from vectors like the parameters to vectors like the outputs.
+      transposed: :math:`u \mapsto J_\varphi^\top u`, the other way.
+      loss_hessian: :math:`u \mapsto H_\ell u`, on vectors like the outputs.
+      whole: all three, on vectors of any dtype; what calling the object does.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> loss = optcurv.Composite(lambda w: w**2, lambda outputs: 0.5 * jnp.sum(outputs**2))
+      >>> product = optcurv.gauss_newton_product(loss, jnp.array([1.0, 3.0]))
+      >>> print(product.jacobian(jnp.array([1.0, 1.0])))
+      [2. 6.]
+    """
+
+    composite: Composite
+    params: PyTree
+    outputs: PyTree
+    jacobian: MatVec
+    transposed: MatVec
+    loss_hessian: MatVec
+    whole: MatVec
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """Returns the product with a vector like the parameters, in the vector's dtype."""
+        return self.whole(vector)
+
+
+def gauss_newton_product(composite: ValueFn, params: PyTree) -> GaussNewtonProduct:
     r"""Linearises a model once and returns :math:`v \mapsto G v`, :math:`G = J_\varphi^\top H_\ell J_\varphi`.
 
     :math:`J_\varphi` is the Jacobian of the model's outputs, :math:`H_\ell` the Hessian of the loss by them (Eq. 17 of
@@ -193,7 +238,8 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
       params: the point :math:`w`, any pytree of real arrays.
 
     Returns:
-      The product, a function of a pytree like `params` that keeps the dtype of its argument.
+      The product, a function of a pytree like `params` that keeps the dtype of its argument; an
+      `optcurv.GaussNewtonProduct`, which has the factors too.
 
     Raises:
       TypeError: if the loss is not a `Composite`; when traced, if its `loss_fn` does not return a real scalar, or if
@@ -224,7 +270,16 @@ def gauss_newton_product(composite: ValueFn, params: PyTree) -> MatVec:
         (result,) = transposed_product(loss_hessian_product(jacobian_product(vector)))
         return result
 
-    return _keeping_dtype(with_canonical_convolutions(product, params), params)
+    whole = _keeping_dtype(with_canonical_convolutions(product, params), params)
+    return GaussNewtonProduct(
+        composite,
+        params,
+        outputs,
+        jacobian=jacobian_product,
+        transposed=lambda cotangent: transposed_product(cotangent)[0],
+        loss_hessian=loss_hessian_product,
+        whole=whole,
+    )
 
 
 def _keeping_dtype(product: MatVec, params: PyTree) -> MatVec:

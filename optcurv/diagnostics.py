@@ -10,7 +10,7 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Gathers the `info` of every state inside an optimiser's state, as one flat dict for the log.
 
     Finds them in any nesting of `optax.chain`, `masked`, `partition`, `MultiSteps` and other wrappers. optax's own line
-    searches keep an `info` too, and it is listed likewise.
+    searches keep an `info` too, which is included.
 
     Args:
       opt_state: the state of any optax optimiser.

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, at_least_float32, check_count
+from optcurv.arguments import PyTree, at_least_float32, check_count, check_number
+from optcurv.convolutions import with_canonical_convolutions
 from optcurv.curvature import MatVec
 
 
@@ -28,7 +29,9 @@ class MinresInfo(NamedTuple):
     first_step: jax.Array
 
 
-def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.0) -> tuple[PyTree, MinresInfo]:
+def minres(
+    matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.0, tol: chex.Numeric = 0.0
+) -> tuple[PyTree, MinresInfo]:
     r"""Minimises :math:`\|(A + \lambda I) x - b\|` over the Krylov space of order k, for symmetric A.
 
     The short recurrence of Paige and Saunders (1975) from zero; Algorithm 1 of the EDF paper with its misprint
@@ -41,20 +44,21 @@ def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.
     :math:`4 \epsilon \|A\|_F \|\Delta x\|`, exceeds what the residual would gain; all as the recurrence has them.
     Further steps would only lead away: on a singular A to 10⁶ times the length of the pseudo-inverse's solution.
 
-    The steps are unrolled: they are few as a rule, and an operator's convolutions stay as fast as they are outside of
-    loops even where it does not come from `optcurv.curvature`. Compile time grows in proportion to `max_iter`.
+    Up to four steps are unrolled. More run in a loop, which ends where the solution stays as it is; compile time does
+    not depend on their number, and the operator's convolutions are made as fast there as outside.
 
     Args:
       matvec: the product :math:`v \mapsto A v`; must return the structure of `b`.
       b: the right-hand side, any pytree of real arrays.
       max_iter: the order k of the Krylov space, at least 1; each step takes one product.
       shift: :math:`\lambda`, any real scalar; default 0.
+      tol: takes no more steps once :math:`\|r\| \le \mathrm{tol} \, \|b\|`; default 0.
 
     Returns:
       The solution, of the structure of `b`, in the dtype of the recurrence; and a `MinresInfo`.
 
     Raises:
-      ValueError: if `max_iter` is below 1.
+      ValueError: if `max_iter` is below 1, or `tol` negative.
       TypeError: if `max_iter` is not a Python int.
 
     Example:
@@ -65,61 +69,124 @@ def minres(matvec: MatVec, b: PyTree, max_iter: int, *, shift: chex.Numeric = 0.
       [1. 1.] 2
     """
     check_count("max_iter", max_iter)
+    check_number("tol", tol, minimum=0.0, constant=True)
     b = at_least_float32(b)
-    norm = beta = optax.tree.norm(b)
-    epsilon = jnp.finfo(beta.dtype).eps
-    shift = jnp.asarray(shift, beta.dtype)
-    residual = beta
-    square = jnp.zeros_like(beta)  # of the Frobenius norm of A, from below
-    cos_old, cos, sin_old, sin = jnp.ones_like(beta), jnp.ones_like(beta), jnp.zeros_like(beta), jnp.zeros_like(beta)
-    x = v_old = q_old = q = optax.tree.zeros_like(b)
-    u = b
-    length = first_step = jnp.zeros_like(beta)  # of x, from above
-    steps_used = jnp.zeros((), jnp.int32)
-    done = negative = jnp.zeros((), bool)
+    norm = jnp.asarray(optax.tree.norm(b))
+    shift = jnp.asarray(shift, norm.dtype)
+    if max_iter > _UNROLLED:
+        matvec = with_canonical_convolutions(matvec, b)
 
-    for number in range(max_iter):
-        # Lanczos: beta = 0 makes v zero, and with it all that follows in this loop.
-        v = optax.tree.scale(inverse(beta), u)
-        u = optax.tree.add_scale(matvec(v), shift, v)
-        alpha = jnp.asarray(optax.tree.vdot(v, u))
-        u = optax.tree.add_scale(optax.tree.add_scale(u, -alpha, v), -beta, v_old)
-        beta_old, beta = beta if number > 0 else jnp.zeros_like(beta), optax.tree.norm(u)
-        square = square + alpha**2 + beta_old**2 + beta**2
-        operator_norm = jnp.sqrt(square)
-        beta = jnp.where(beta <= 10 * epsilon * operator_norm, 0.0, beta)
+    def advance(state: _Minres, is_first: bool = False) -> _Minres:
+        v = optax.tree.scale(inverse(state.beta), state.u)  # beta = 0 makes v zero, and with it all that follows
+        return _minres_step(state, v, optax.tree.add_scale(matvec(v), shift, v), norm, tol, is_first)
 
-        # The next column of the QR factorisation of the tridiagonal matrix.
-        delta = cos * alpha - cos_old * sin * beta_old
-        rho_2 = sin * alpha + cos_old * cos * beta_old
-        rho_3 = sin_old * beta_old
-        rho_1 = jnp.hypot(delta, beta)
+    state = advance(_start_minres(b, norm), is_first=True)
+    if max_iter <= _UNROLLED:
+        for _ in range(max_iter - 1):
+            state = advance(state)
+    else:
+        goes_on = lambda carry: (carry[0] < max_iter) & ~carry[1].done & jnp.isfinite(carry[1].residual)  # noqa: E731
+        _, state = jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, advance(carry[1])), (1, state))
+    return state.x, MinresInfo(jnp.abs(state.residual), state.iterations, state.negative, state.first_step)
 
-        converged = jnp.hypot(delta, cos * beta) <= 1000 * epsilon * operator_norm
-        converged |= jnp.abs(residual) <= 4 * epsilon * (operator_norm * length + norm)
-        # r'Ar / r'r: negative at some step exactly if A has negative curvature in the space (Liu and Roosta 2022).
-        residual_curvature = cos * delta
 
-        # The solution follows along q.
-        cos_old, cos = cos, delta * inverse(rho_1)
-        sin_old, sin = sin, jnp.where(rho_1 > 0, beta * inverse(rho_1), 1.0)
-        direction = optax.tree.add_scale(optax.tree.add_scale(v, -rho_2, q), -rho_3, q_old)
-        q_old, q = q, optax.tree.scale(inverse(rho_1), direction)
-        step_length = jnp.abs(cos * residual) * optax.tree.norm(q)
-        decrease = jnp.abs(residual) * cos**2 / (1 + sin)
-        undone = (decrease < 4 * epsilon * operator_norm * step_length) & (operator_norm * step_length > 3 * norm)
-        done = done | converged | undone
-        length = length + jnp.where(done, 0.0, step_length)
-        x = optax.tree.add_scale(x, jnp.where(done, 0.0, cos * residual), q)
-        residual = jnp.where(done, residual, -sin * residual)
-        v_old = v
-        steps_used = steps_used + ~done
-        negative = negative | (~done & (residual_curvature < -1000 * epsilon * operator_norm))
-        first_step = first_step if number > 0 else alpha * inverse(rho_1**2)
-        # Fused across steps, the unrolled recurrence would take XLA a time quadratic in their number.
-        x, q, q_old, u, v_old, beta, residual = jax.lax.optimization_barrier((x, q, q_old, u, v_old, beta, residual))
+_UNROLLED = 4  # steps at most
 
-    return x, MinresInfo(jnp.abs(residual), steps_used, negative, first_step)
+
+class _Minres(NamedTuple):
+    """The solution, what is known of it, and the recurrences of Lanczos, of the rotations and of q."""
+
+    x: PyTree
+    residual: jax.Array  # its norm, with the sign of the recurrence
+    length: jax.Array  # of x, from above
+    iterations: jax.Array
+    done: jax.Array
+    negative: jax.Array
+    first_step: jax.Array
+    square: jax.Array  # of the Frobenius norm of A, from below
+    u: PyTree
+    v_old: PyTree
+    beta: jax.Array
+    cos: jax.Array
+    cos_old: jax.Array
+    sin: jax.Array
+    sin_old: jax.Array
+    q: PyTree
+    q_old: PyTree
+
+
+def _start_minres(b: PyTree, norm: jax.Array) -> _Minres:
+    zero, one, zeros, false = jnp.zeros_like(norm), jnp.ones_like(norm), optax.tree.zeros_like(b), jnp.zeros((), bool)
+    return _Minres(
+        x=zeros,
+        residual=norm,
+        length=zero,
+        iterations=jnp.zeros((), jnp.int32),
+        done=false,
+        negative=false,
+        first_step=zero,
+        square=zero,
+        u=b,
+        v_old=zeros,
+        beta=norm,
+        cos=one,
+        cos_old=one,
+        sin=zero,
+        sin_old=zero,
+        q=zeros,
+        q_old=zeros,
+    )
+
+
+def _minres_step(
+    state: _Minres, v: PyTree, product: PyTree, norm: jax.Array, tol: chex.Numeric, is_first: bool
+) -> _Minres:
+    """One step, from the Lanczos vector and its product."""
+    epsilon = jnp.finfo(norm.dtype).eps
+    alpha = jnp.asarray(optax.tree.vdot(v, product))
+    u = optax.tree.add_scale(optax.tree.add_scale(product, -alpha, v), -state.beta, state.v_old)
+    beta_old, beta = jnp.zeros_like(norm) if is_first else state.beta, jnp.asarray(optax.tree.norm(u))
+    square = state.square + alpha**2 + beta_old**2 + beta**2
+    operator_norm = jnp.sqrt(square)
+
+    # The next column of the QR factorisation of the tridiagonal matrix.
+    delta = state.cos * alpha - state.cos_old * state.sin * beta_old
+    rho_2 = state.sin * alpha + state.cos_old * state.cos * beta_old
+    rho_3 = state.sin_old * beta_old
+    rho_1 = jnp.hypot(delta, beta)
+    cos, sin = delta * inverse(rho_1), jnp.where(rho_1 > 0, beta * inverse(rho_1), 1.0)
+
+    # The solution follows along q, unless it is as good as it gets.
+    direction = optax.tree.add_scale(optax.tree.add_scale(v, -rho_2, state.q), -rho_3, state.q_old)
+    q = optax.tree.scale(inverse(rho_1), direction)
+    residual = jnp.abs(state.residual)
+    step_length = jnp.abs(cos) * residual * optax.tree.norm(q)
+    converged = jnp.hypot(delta, state.cos * beta) <= 1000 * epsilon * operator_norm
+    converged |= residual <= 4 * epsilon * (operator_norm * state.length + norm)
+    decrease = residual * cos**2 / (1 + sin)
+    undone = (decrease < 4 * epsilon * operator_norm * step_length) & (operator_norm * step_length > 3 * norm)
+    done = state.done | converged | undone | (residual <= tol * norm)
+    # r'Ar / r'r: negative at some step exactly if A has negative curvature in the space (Liu and Roosta 2022).
+    negative = ~done & (state.cos * delta < -1000 * epsilon * operator_norm)
+    return _Minres(
+        x=optax.tree.add_scale(state.x, jnp.where(done, 0.0, cos * state.residual), q),
+        residual=jnp.where(done, state.residual, -sin * state.residual),
+        length=state.length + jnp.where(done, 0.0, step_length),
+        iterations=state.iterations + ~done,
+        done=done,
+        negative=state.negative | negative,
+        first_step=alpha * inverse(rho_1**2) if is_first else state.first_step,
+        square=square,
+        u=u,
+        v_old=v,
+        beta=jnp.where(beta <= 10 * epsilon * operator_norm, 0.0, beta),  # the space is exhausted
+        cos=cos,
+        cos_old=state.cos,
+        sin=sin,
+        sin_old=state.sin,
+        q=q,
+        q_old=state.q,
+    )
 
 
 def inverse(x: jax.Array) -> jax.Array:

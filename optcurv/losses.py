@@ -16,7 +16,7 @@ def softmax_cross_entropy_with_integer_labels(logits: jax.Array, labels: jax.Arr
     are as precise, relative to themselves, as the logits are.
 
     Args:
-      logits: z, of shape (..., classes); -inf takes a class out.
+      logits: z, of shape (..., classes); -inf excludes a class.
       labels: y, integers from 0 to classes - 1, of shape (...).
 
     Returns:
@@ -25,7 +25,7 @@ def softmax_cross_entropy_with_integer_labels(logits: jax.Array, labels: jax.Arr
 
     Raises:
       TypeError: if the logits are not real floating-point numbers, or the labels are not integers.
-      ValueError: if `labels` has not the shape of `logits` without its last axis.
+      ValueError: if the shape of `labels` is not that of `logits` without its last axis.
 
     Example:
       >>> import jax.numpy as jnp, optax, optcurv

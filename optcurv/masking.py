@@ -82,7 +82,7 @@ def masked(
 
 
 def _integer_zeros(update: Any, param: Any) -> Any:
-    """Returns zeros of the parameter's dtype in place of a float0, on which nothing in optax can compute."""
+    """Returns zeros of the parameter's dtype in place of a float0, with which optax cannot compute."""
     return jnp.zeros_like(param) if getattr(update, "dtype", None) == jax.dtypes.float0 else update
 
 

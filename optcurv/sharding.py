@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree, path_name
+from optcurv.arguments import PyTree, by_path, layout
 
 
 def mesh_axes(tree: PyTree) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ def check_splits_rows(name: str, sharding: Any) -> None:
 def share_out(function: Callable[..., PyTree], sharding: jax.NamedSharding) -> Callable[..., PyTree]:
     """Splits the stacks a function works on among devices, and exchanges what they return.
 
-    The function maps stacks of so many things to stacks of as many, each on its own. The devices are those along the
+    The function maps stacks to stacks of the same length, entry by entry. The devices are those along the
     mesh axes of the sharding's first dimension, also inside of a `jax.shard_map` over them.
     """
     mesh, axes = sharding.mesh, sharding.spec[0]
@@ -70,7 +70,7 @@ def share_out(function: Callable[..., PyTree], sharding: jax.NamedSharding) -> C
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """Returns where each array of an optimiser's state belongs: those like a parameter, where it is.
+    """Returns where each array of an optimiser's state belongs: those like a parameter go where the parameter is.
 
     Whatever in the state has the structure and the shapes of the parameters, such as a momentum or the axes of an
     ellipsoid, is sharded as they are; so are single arrays kept under a parameter's path. All else, scalars and
@@ -100,20 +100,16 @@ def state_shardings(optimizer: optax.GradientTransformation, params: PyTree) -> 
         if not isinstance(sharding, jax.NamedSharding):
             raise TypeError(f"Every parameter must have a jax.NamedSharding, got {sharding}: see jax.device_put.")
     everywhere = jax.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.P())
-    layout = _layout(params)
-    by_path = {
-        path_name(path): (leaf.shape, leaf.sharding) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves, layout_of_params = by_path(params), layout(params)
+
+    def is_like_params(part: PyTree) -> bool:
+        return layout(part) == layout_of_params
 
     def place(path: tuple[Any, ...], part: PyTree) -> PyTree:
-        if _layout(part) == layout:
+        if is_like_params(part):
             return shardings
-        shape, sharding = by_path.get(getattr(path[-1], "key", ""), (None, everywhere))
-        return sharding if shape == part.shape else everywhere
+        leaf = leaves.get(getattr(path[-1], "key", ""))
+        return everywhere if leaf is None or leaf.shape != part.shape else leaf.sharding
 
     state = jax.eval_shape(optimizer.init, params)
-    return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda part: _layout(part) == layout)
-
-
-def _layout(tree: PyTree) -> Any:
-    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_like_params)

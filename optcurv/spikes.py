@@ -1,4 +1,4 @@
-"""Gradients far beyond the ordinary: refused once, and forgotten afterwards."""
+"""Spikes, gradients far larger than usual: refused the first time, and forgotten afterwards."""
 
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ class Watch(NamedTuple):
     """What has been seen of the gradients.
 
     Attributes:
-      largest: their largest entry, since the last spike. Unlike the norm it does not overflow.
-      spike: that of the last one if it was refused, else 0.
-      refused: whether it was.
-      after_spike: whether the last one was so small beside the largest that that was a spike. Averages that hold it
-        are worth nothing then.
+      largest: their largest entry since the last spike. Unlike the norm it does not overflow.
+      spike: the largest entry of the last gradient if that was refused, otherwise 0.
+      refused: whether the last gradient was refused.
+      after_spike: whether the last gradient was so small that the largest before it must have been a spike. Averages
+        that contain the spike are then worthless.
     """
 
     largest: jax.Array
@@ -39,7 +39,7 @@ def look(watch: Watch, gradient: PyTree) -> Watch:
     """Looks at the next gradient.
 
     One a thousand times as large as any before is refused, unless another as large was just refused. One that is not
-    finite changes nothing, nor does a gradient of zero, of a batch without weight, tell of a spike.
+    finite changes nothing. A gradient of zero, as of a batch without weight, is not taken for the end of a spike.
     """
     real = [leaf for leaf in jax.tree.leaves(gradient) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
     size = jnp.asarray(optax.tree.norm(at_least_float32(real), ord="inf"), watch.largest.dtype)
@@ -54,13 +54,13 @@ def look(watch: Watch, gradient: PyTree) -> Watch:
 def keep_usable(
     watch: Watch, updates: PyTree, state: PyTree, previous_state: PyTree
 ) -> tuple[PyTree, PyTree, jax.Array]:
-    """Takes back what a transformation made of a refused gradient, or what is not finite.
+    """Discards what a transformation made of a refused gradient, and what is not finite.
 
     Args:
-      watch: after the gradient.
-      updates: that the transformation returned.
+      watch: the state after this gradient.
+      updates: what the transformation returned.
       state: likewise.
-      previous_state: before it.
+      previous_state: the transformation's state before.
 
     Returns:
       The updates, or zeros; the state, or the previous one; and whether the updates are used.

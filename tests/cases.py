@@ -92,6 +92,18 @@ def trust_region_case(name: str, *, needs_composite: bool = False, variant: bool
     )
 
 
+def levenberg_marquardt_case(name: str, *, variant: bool = True, **options: Any) -> Case:
+    return Case(
+        name=name,
+        factory=optcurv.levenberg_marquardt,
+        options=options,
+        static=("norm", "solver", "curvature", "length_trials", "seed"),
+        needs_composite=True,
+        curvature=True,
+        variant=variant,
+    )
+
+
 def tso_alra_case(name: str, structure: optcurv.Structure, *, variant: bool = True) -> Case:
     preconditioner = optcurv.scale_by_kronecker(structure=structure, factor_every=2, root_every=5)
     return Case(
@@ -113,7 +125,7 @@ def adam_with_linesearch(measuring_step: float = 0.1, max_step: float = 1.0) -> 
 
 
 CASES = [
-    edf_case("edf-g-2-nesterov", 2, acceleration="nesterov"),
+    edf_case("edf-g-2-nesterov", 2, learning_rate=0.2, acceleration="nesterov"),
     # Damped more: as published EDF-H is drawn to saddle points, here to the network that ignores its input.
     edf_case(
         "edf-h-1-momentum",
@@ -154,6 +166,17 @@ CASES = [
         static=("norm", "max_iter", "curvature", "seed"),
         curvature=True,
         moves_without_gradient=True,
+    ),
+    levenberg_marquardt_case("levenberg-marquardt", variant=False),
+    levenberg_marquardt_case(
+        "levenberg-marquardt-conjugate-gradients",
+        solver=optcurv.conjugate_gradients(5, tol=0.0),
+        norm=optcurv.rmsprop_norm(),
+        momentum=0.3,
+        length_trials=2,
+    ),
+    levenberg_marquardt_case(
+        "levenberg-marquardt-minres", solver=optcurv.minimum_residual(5, tol=0.0), initial_damping=1.0
     ),
     Case(
         "adam-rk2",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import optcurv
-from optcurv.kronecker.statistics import tap
+from optcurv.kronecker.recording import record
 from tests import problems
 from tests.cases import every_method
 from tests.laws.test_contract import assert_same, make_step, train
@@ -56,8 +56,8 @@ def plain(batch):
 def test_taps_are_those_of_the_whole_batch():
     with jax.enable_x64(True):
         params, batch = problems.network_params(dtype=jnp.float64), problems.blobs(dtype=jnp.float64)
-        whole = tap(plain(batch), params)[1:]
-        parts = tap(optcurv.accumulate(plain, micro_batches(batch)), params)[1:]
+        whole = record(plain(batch), params).taps(params)
+        parts = record(optcurv.accumulate(plain, micro_batches(batch)), params).taps(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), parts, whole)
 
 
@@ -66,8 +66,8 @@ def test_steps_of_a_sequence_within_micro_batches_stay_positions():
     x = jax.random.normal(jax.random.key(0), (8, 3, 2))
     params = cell.init(jax.random.key(1), x)
     loss = lambda x: lambda params: jnp.mean(cell.apply(params, x) ** 2)  # noqa: E731
-    whole = tap(loss(x), params)[1:]
-    parts = tap(optcurv.accumulate(loss, x.reshape(4, 2, 3, 2)), params)[1:]
+    whole = record(loss(x), params).taps(params)
+    parts = record(optcurv.accumulate(loss, x.reshape(4, 2, 3, 2)), params).taps(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), parts, whole)
 
 

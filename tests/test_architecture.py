@@ -92,6 +92,15 @@ def test_only_public_jax_is_used(name):
 def test_files_and_functions_fit_their_frames(name):
     source = FILES[name].read_text()
     assert len(source.splitlines()) <= 400, f"{name} has more than 400 lines: is it still one thing?"
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    too_long = [f"{function.name} ({length_of(function)})" for function in functions if length_of(function) > 60]
+    assert not too_long, f"{name} has functions of more than 60 lines beside their docstrings: {too_long}. Cut them."
+
+
+def length_of(function):
+    """The lines of a function from `def` on, with those of functions inside it, but without its docstring."""
+    docstring = function.body[0] if ast.get_docstring(function) is not None else None
+    return function.end_lineno - function.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
 
 
 def test_import_pulls_in_no_flax_and_no_matplotlib():

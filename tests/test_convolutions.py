@@ -195,11 +195,15 @@ def test_product_exports_for_all_platforms_at_once():
     assert_close(exported.call(params), fn(params), 1e-6)
 
 
-def test_function_without_foreign_convolutions_is_returned_as_it_is():
+def test_function_without_foreign_convolutions_keeps_its_operations_and_is_traced_once():
     image, kernel = normal(0, 2, 6, 5, 3), normal(1, 3, 3, 3, 4)
     canonical = functools.partial(nn.Conv(4, (3, 3)).apply, {"params": {"kernel": kernel, "bias": jnp.zeros(4)}})
     for fn in (jnp.sin, jax.jit(jnp.sin), canonical):
-        assert with_canonical_convolutions(fn, image) is fn
+        traces = []
+        counted = lambda image, fn=fn, traces=traces: traces.append(1) or fn(image)  # noqa: E731
+        rewritten = with_canonical_convolutions(counted, image)
+        assert str(jax.make_jaxpr(rewritten)(image)) == str(jax.make_jaxpr(fn)(image))
+        assert len(traces) == 1
 
 
 def test_convolution_keeps_its_precision_and_wider_result():

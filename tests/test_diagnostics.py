@@ -6,8 +6,8 @@ import pytest
 import optcurv
 from tests import problems
 
-EDF_FIELDS = ("damping", "residual_norm", "iterations", "cosine", "negative_curvature", "breakdown", "finite")
-EDF_KEYS = {f"edf/{field}" for field in EDF_FIELDS}
+EDF_FIELDS = "damping residual_norm iterations cosine negative_curvature breakdown finite refused"
+EDF_KEYS = {f"edf/{field}" for field in EDF_FIELDS.split()}
 PAL_KEYS = {f"pal/{field}" for field in ("slope", "curvature", "step", "case", "clipped", "noise")}
 
 

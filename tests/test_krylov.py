@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse.linalg
 
 import optcurv
+from optcurv import krylov
 
 SIZE = 12
 SPECTRA = {
@@ -209,3 +210,58 @@ def test_not_a_number_is_passed_on():
 def test_wrong_number_of_steps(max_iter, error):
     with pytest.raises(error, match="max_iter"):
         optcurv.minres(lambda v: v, jnp.ones(2), max_iter)
+
+
+# More steps than are unrolled run in a loop.
+
+
+def test_the_loop_takes_the_steps_of_the_unrolled_recurrence(monkeypatch):
+    a, b = system("indefinite", seed=9)
+    with jax.enable_x64(True):
+        narrowed = jnp.asarray(a)
+        in_a_loop = optcurv.minres(lambda v: narrowed @ v, jnp.asarray(b), 10, shift=0.3)
+        monkeypatch.setattr(krylov, "_UNROLLED", 10)
+        unrolled = optcurv.minres(lambda v: narrowed @ v, jnp.asarray(b), 10, shift=0.3)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-10), in_a_loop, unrolled)
+
+
+def count_products(max_iter, tol=0.0):
+    """How many products are taken, at most so many, with a matrix of condition 5."""
+    a, b = system("definite", seed=2)
+    products = []
+
+    def matvec(v):
+        jax.debug.callback(lambda _: products.append(1), v[0])
+        return jnp.asarray(a, jnp.float32) @ v
+
+    x, info = optcurv.minres(matvec, jnp.asarray(b, jnp.float32), max_iter, tol=tol)
+    jax.effects_barrier()
+    return len(products), info, np.linalg.norm(a @ np.asarray(x) - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("max_iter", [4, 100])
+def test_no_more_steps_than_the_tolerance_asks_for(max_iter):
+    _, loose, residual = count_products(max_iter, tol=0.3)
+    assert 0.03 < residual <= 0.3
+    assert loose.iterations < min(max_iter, 5)
+
+
+def test_the_loop_ends_where_the_solution_stays_as_it_is():
+    products, info, residual = count_products(1000)
+    assert residual < 1e-5
+    assert info.iterations < products < 30
+
+
+def test_compilation_does_not_grow_with_the_number_of_steps():
+    a = jnp.asarray(system("definite", seed=0)[0], jnp.float32)
+
+    def num_products(order):
+        solve = lambda b: optcurv.minres(lambda v: jnp.matmul(a, v, precision="highest"), b, order)[0]  # noqa: E731
+        return str(jax.make_jaxpr(solve)(jnp.ones(SIZE))).count("Precision.HIGHEST,")
+
+    assert num_products(1000) == num_products(5) == num_products(2)
+
+
+def test_negative_tolerance():
+    with pytest.raises(ValueError, match="tol must be finite, >= 0"):
+        optcurv.minres(lambda v: v, jnp.ones(2), 2, tol=-1.0)

@@ -17,7 +17,7 @@ def dense_kernel(product: Product, kernel: jax.Array) -> jax.Array:
 
 
 def dense_inputs(product: Product, activations: jax.Array) -> jax.Array:
-    """Arranges the activations that a kernel multiplies as (stack, ..., in)."""
+    """Arranges the activations that a kernel multiplies, as (stack, ..., in)."""
     contracted, batch = (list(axes[1 if product.comes_first else 0]) for axes in product.params["dimension_numbers"])
     rows = [axis for axis in range(activations.ndim) if axis not in {*contracted, *batch}]
     activations = jnp.transpose(activations, (*batch, *rows, *contracted))
@@ -25,7 +25,7 @@ def dense_inputs(product: Product, activations: jax.Array) -> jax.Array:
 
 
 def dense_outputs(product: Product, outputs: jax.Array) -> jax.Array:
-    """Arranges what a matrix product returns, or the gradients there, as (stack, ..., out)."""
+    """Arranges the result of a matrix product, or the gradients there, as (stack, ..., out)."""
     features = product.feature_axes()
     rest = [axis for axis in range(outputs.ndim) if axis not in features]
     return flattened(jnp.transpose(outputs, (*rest, *features)), len(product.parameter_axes()[0]), len(features))
@@ -46,7 +46,7 @@ def convolution_kernel(product: Product, kernel: jax.Array) -> jax.Array:
 
 
 def convolution_outputs(product: Product, outputs: jax.Array) -> jax.Array:
-    """Arranges what a convolution returns, or the gradients there, as (groups, examples, ..., features)."""
+    """Arranges the result of a convolution, or the gradients there, as (groups, examples, ..., features)."""
     batch, feature, *spatial = product.params["dimension_numbers"].out_spec
     return _grouped(product, jnp.transpose(outputs, (batch, *spatial, feature)))
 
@@ -58,7 +58,7 @@ def _grouped(product: Product, array: jax.Array) -> jax.Array:
 
 
 def patches(product: Product, max_positions: int | None, images: jax.Array) -> jax.Array:
-    """Returns what a convolution multiplies at each position, by slices: inside loops they are as fast as outside."""
+    """Returns the patch that a convolution multiplies at each position, by slices, which are fast inside loops too."""
     numbers, params = product.params["dimension_numbers"], product.params
     batch, feature, *spatial = numbers.lhs_spec
     images = jnp.transpose(images, (batch, *spatial, feature))

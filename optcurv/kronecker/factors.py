@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optcurv.kronecker.statistics import Tap
+from optcurv.kronecker.uses import Tap
 from optcurv.sharding import share_out
 
 Factors: TypeAlias = tuple[jax.Array, ...]
@@ -49,15 +49,15 @@ def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
 
 
 class Structure(NamedTuple):
-    r"""A shape of the Fisher matrix of a layer; pick one of `KRONECKER` and `BLOCK`, or `DIAGONAL`.
+    r"""The structure that a layer's Fisher matrix is assumed to have: `KRONECKER`, `BLOCK` or `DIAGONAL`.
 
-    A layer's kernel and bias are a matrix W of `(in_size + 1, out_size)`, whose last row is the bias, or zero. It comes
-    in parts, as writing it in one piece would take as long as multiplying it.
+    A layer's kernel and bias are a matrix W of `(in_size + 1, out_size)`, whose last row is the bias, or zero. It is
+    given in parts, since joining them would take as long as the product itself.
 
     Attributes:
       sizes: maps in_size + 1 and out_size to the sizes of the factors.
-      measure: maps the taps of a layer's uses to the factors of one batch; `diagonals` tells which to keep only the
-        diagonal of.
+      measure: maps the taps of a layer's uses to the factors of one batch; its second argument says for each factor
+        whether only the diagonal is kept.
       apply: multiplies such matrices, in parts `(stack, in_size, out_size)` and perhaps `(stack, 1, out_size)`, by
         powers of the factors.
 
@@ -107,7 +107,7 @@ def _times(power: Power, matrices: jax.Array) -> jax.Array:
 
 
 def _low_rank_product(left: LowRank, parts: Parts, right: LowRank) -> Parts:
-    """Multiplies from both sides and writes the result once: for large matrices the memory's speed is what counts."""
+    """Multiplies from both sides and writes the result once, as memory bandwidth is what limits large products."""
     vectors = [left.vectors[:, : parts[0].shape[1]], left.vectors[:, -1:]][: len(parts)]
     products = [_einsum("bnr,bnm->brm", *pair) for pair in zip(vectors, parts, strict=True)]
     rows = left.excess() * functools.reduce(jnp.add, products)
@@ -154,11 +154,11 @@ BLOCK = Structure(sizes=lambda rows, columns: (rows * columns,), measure=_block_
 DIAGONAL = Structure(
     sizes=lambda rows, columns: (), measure=lambda taps, diagonals: (), apply=lambda powers, parts: parts
 )
-"""No layers: every parameter on its own, with an estimate: N times the square of the mean gradient of N examples."""
+"""No layers: a diagonal for every parameter, estimated as N times the squared mean gradient of N examples."""
 
 
 class Powers(NamedTuple):
-    """Powers of factors, as of when they were last taken.
+    """Powers of factors, as they were last computed.
 
     Attributes:
       powers: of each layer's factors, by path.
@@ -211,12 +211,12 @@ def refresh_powers(
     usable: jax.Array,
     sharding: jax.NamedSharding | None = None,
 ) -> Powers:
-    r"""Takes the powers :math:`(F + \lambda I)^p` of the factors that are due; F are the averages over their weight.
+    r"""Computes the powers :math:`(F + \lambda I)^p` that are due; F are the averages divided by their weight.
 
     Powers of layers whose factors are not given remain as they are.
 
     Factors of one size are decomposed together, in one batched call, or in one on each device of the sharding. Each
-    such group is due every so many steps, the groups at different steps, and all of them at early ones. The damping
+    such group is due once in `every` steps, the groups at different steps, and all of them at early ones. The damping
     :math:`\lambda` is relative to the factor's mean eigenvalue: for two factors the square root of `relative` times it,
     which is the split by :math:`\pi` of K-FAC (Martens and Grosse 2015, section 6.3) with a damping relative to the
     mean eigenvalue of the Kronecker product.
@@ -231,7 +231,7 @@ def refresh_powers(
         power = power if sharding is None else share_out(power, sharding)
         take = functools.partial(_group_powers, power, weight)
         now, before = [factors[path][i] for path, i in members], [places[path][i] for path, i in members]
-        # All of the work is inside: what stands outside of the condition is done at every step.
+        # All of the work is inside the condition, as everything outside of it is done at every step.
         after = jax.lax.cond(due[number], take, lambda now, before: before, now, before)
         for (path, i), powers in zip(members, after, strict=True):
             places[path][i] = powers
@@ -248,7 +248,7 @@ def _group_powers(
     factors: list[jax.Array],
     before: list[tuple[Power, jax.Array]],
 ) -> list[tuple[Power, jax.Array]]:
-    """Takes the powers of the factors of one size together; returns those of each, with their extremes."""
+    """Computes the powers of all factors of one size together; returns those of each, with their extremes."""
     previous = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(power for power, _ in before))
     stacked = jnp.concatenate(factors)
     together = power_of(stacked / weight.astype(stacked.dtype), previous)
@@ -260,7 +260,7 @@ def _group_powers(
 
 
 def _groups(factors: Mapping[str, Factors]) -> list[list[tuple[str, int]]]:
-    """Returns the places of the factors of each shape, stacks aside."""
+    """Groups the factors, each by its path and number, by their shape without the stack."""
     groups: dict[tuple[int, ...], list[tuple[str, int]]] = {}
     for path, several in sorted(factors.items()):
         for i, factor in enumerate(several):
@@ -297,17 +297,17 @@ def damped_power(
 
 
 def damp(eigenvalues: jax.Array, mean: jax.Array, relative: chex.Numeric, absolute_damping: chex.Numeric) -> jax.Array:
-    """Adds the damping, in proportion to the mean and absolute; eigenvalues that rounding made negative are zero."""
+    """Adds the relative and the absolute damping; eigenvalues that rounding made negative count as zero."""
     shift = jnp.asarray(relative * mean + absolute_damping, eigenvalues.dtype)
     return jnp.maximum(jnp.maximum(eigenvalues, 0.0) + shift, _SMALLEST)
 
 
 def _leading_eigenpairs(matrices: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns approximate ones, by subspace iteration from what they were."""
+    """Approximates the leading eigenpairs by subspace iteration from previous eigenvectors."""
     for _ in range(2):
         vectors, _ = jnp.linalg.qr(_einsum("bij,bjr->bir", matrices, vectors))
     values, rotation = jnp.linalg.eigh(_einsum("bir,bij,bjs->brs", vectors, matrices, vectors))
     return _einsum("bir,brs->bis", vectors, rotation), values
 
 
-_SMALLEST = 1e-18  # of a layer with no gradient at all: its inverse square still is a float32
+_SMALLEST = 1e-18  # for a layer with no gradient at all; its inverse square is still a float32

@@ -1,9 +1,9 @@
-"""What a value is to the parameters: a view of one, several joined, a function of some, a product's result."""
+"""Marks: what is known of a value in a jaxpr that depends on parameters."""
 
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ ENTRYWISE = {
 
 
 class Joined(NamedTuple):
-    """Parameters side by side."""
+    """Parameters concatenated along an axis."""
 
     views: tuple[View, ...]
     axis: int
 
 
 class Entrywise(NamedTuple):
-    """What operations on each entry alone make of a parameter, and its derivative by the parameter."""
+    """A function applied to each entry of a parameter, and its derivative there."""
 
     view: View
     derivative: jax.Array
@@ -39,20 +39,28 @@ class Entrywise(NamedTuple):
 
 
 class Function(NamedTuple):
-    """Any other function of parameters alone; for each leaf, what it goes into first."""
+    """Any other function of parameters alone; for each of them, by path, the first operation it goes into."""
 
-    sources: dict[int, str]
+    sources: dict[str, str]
 
 
 class Result(NamedTuple):
     """The result of a product, perhaps rearranged.
 
-    For each of its axes, the place among the stack and the features of the product, or None for a row; places are
-    compared as tuples are.
+    An axis of the product's result that numbers its stack or its features has its position among those as its place,
+    (0,), (1,), ...; an axis that was split has places (i, 0), (i, 1), ... These sort in the original order.
+
+    Attributes:
+      product: the product.
+      places: the place of each axis, None for an axis of rows.
     """
 
     product: Product
     places: tuple[tuple[int, ...] | None, ...]
+
+
+Mark: TypeAlias = View | Joined | Entrywise | Function | Result | None
+"""What a value is; None where it is nothing that is followed any further."""
 
 
 def size_of(variable: Any) -> int:
@@ -66,63 +74,64 @@ def type_of(variable: Any) -> jax.ShapeDtypeStruct:
 
 
 def mesh_axes_of(variable: Any) -> tuple[str, ...]:
-    """Returns the axes of the mesh along which a variable differs from device to device."""
+    """Returns the mesh axes along which a variable differs from device to device."""
     return tuple(variable.aval.manual_axis_type.varying)
 
 
 def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """Returns the numbers of constants and of carried values, which JAX 0.10 and 0.12 store in their own ways."""
+    """Returns the numbers of constants and of carried values, which JAX 0.10 and 0.12 store differently."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
 
 
-def views_of(mark: Any) -> tuple[View, ...]:
-    """Returns the parameters that a value is made of, entry by entry."""
+def views_of(mark: Mark) -> tuple[View, ...]:
+    """Returns the parameters whose entries a value holds unchanged."""
     return mark.views if isinstance(mark, Joined) else (mark,) if isinstance(mark, View) else ()
 
 
-def sources_of(mark: Any, name: str) -> dict[int, str]:
-    """Returns the leaves that a value is made of and what each goes into first: `name`, if it is still itself."""
+def sources_of(mark: Mark, name: str) -> dict[str, str]:
+    """Returns, for each parameter in a value, the first operation it went into: `name` if there was none before."""
     if isinstance(mark, Function):
         return mark.sources
     if isinstance(mark, Entrywise):
-        return {mark.view.leaf: mark.name}
-    return {view.leaf: name for view in views_of(mark)}
+        return {mark.view.path: mark.name}
+    return {view.path: name for view in views_of(mark)}
 
 
-def note(names: dict[int, set[str]], sources: dict[int, str]) -> None:
-    """Adds to what each parameter goes into."""
-    for leaf, name in sources.items():
-        names.setdefault(leaf, set()).add(name)
+def note(names: dict[str, set[str]], sources: dict[str, str]) -> None:
+    """Adds to the operations that each parameter goes into."""
+    for path, name in sources.items():
+        names.setdefault(path, set()).add(name)
 
 
-def alike(eqn: core.JaxprEqn, mark: Any) -> Any:
-    """Casts or rearranges the derivative of a value as the value itself."""
+def with_derivative(eqn: core.JaxprEqn, mark: Mark) -> Mark:
+    """Applies a cast or a rearrangement to the derivative in a mark, as the equation does to the value."""
     return mark._replace(derivative=bind(eqn, [mark.derivative])[0]) if isinstance(mark, Entrywise) else mark
 
 
-def inside_scan(mark: Any, sliced: bool, length: int) -> Any:
-    """Returns the mark of a constant, or of a slice, of a `scan` inside its body."""
+def inside_scan(mark: Mark, sliced: bool, length: int) -> Mark:
+    """Returns the mark that a constant of a `scan`, or a slice, has inside its body."""
     if isinstance(mark, View) and not (sliced and mark.moves):
         return mark._replace(size=mark.size // length if sliced else mark.size, sliced=(*mark.sliced, sliced))
     return None
 
 
-def rearranged(eqn: core.JaxprEqn, marks: list[Any]) -> Any:
-    """Returns the mark of what only rearranges a value or puts several side by side; otherwise None."""
+def rearranged(eqn: core.JaxprEqn, marks: list[Mark]) -> Mark:
+    """Returns the mark of the result of an equation that rearranges or concatenates; None for any other equation."""
     name, mark = eqn.primitive.name, marks[0] if marks else None
     if name == "concatenate":
-        return Joined(tuple(marks), eqn.params["dimension"]) if all(isinstance(m, View) for m in marks) else None
+        views = tuple(mark for mark in marks if isinstance(mark, View))
+        return Joined(views, eqn.params["dimension"]) if len(views) == len(marks) else None
     if name not in MOVES:
         return None
     if isinstance(mark, View):
         return mark._replace(moves=(*mark.moves, eqn))
     if isinstance(mark, Result):
-        return moved_result(eqn, mark)
+        return _moved_result(eqn, mark)
     if isinstance(mark, Joined):
-        return moved_join(eqn, mark)
+        return _moved_join(eqn, mark)
     if size_of(eqn.outvars[0]) != size_of(eqn.invars[0]):
         return None
     if isinstance(mark, Entrywise):
@@ -130,8 +139,8 @@ def rearranged(eqn: core.JaxprEqn, marks: list[Any]) -> Any:
     return mark
 
 
-def moved_join(eqn: core.JaxprEqn, mark: Joined) -> Joined | None:
-    """Returns the mark of joined parameters after they were rearranged, if their axis can still be told."""
+def _moved_join(eqn: core.JaxprEqn, mark: Joined) -> Joined | None:
+    """Returns the mark of concatenated vectors after a rearrangement; None if they are more than vectors."""
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     if max(before) != math.prod(before) or eqn.primitive.name == "rev":
         return None
@@ -140,8 +149,8 @@ def moved_join(eqn: core.JaxprEqn, mark: Joined) -> Joined | None:
     return mark._replace(axis=after.index(max(before)))
 
 
-def moved_result(eqn: core.JaxprEqn, mark: Result) -> Result | None:
-    """Follows the axes of a product's result; None where rows and features are merged, or features change places."""
+def _moved_result(eqn: core.JaxprEqn, mark: Result) -> Result | None:
+    """Follows the axes of a product's result; None where rows merge with features, or the order of features changes."""
     if eqn.primitive.name == "transpose":
         return mark._replace(places=tuple(mark.places[axis] for axis in eqn.params["permutation"]))
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
@@ -149,12 +158,7 @@ def moved_result(eqn: core.JaxprEqn, mark: Result) -> Result | None:
         return None
     order = sorted(place for place in mark.places if place is not None)
     places: list[tuple[int, ...] | None] = [None] * len(after)
-    old = [axis for axis, n in enumerate(before) if n > 1]
-    new = [axis for axis, n in enumerate(after) if n > 1]
-    while old:  # one group after the other, of as many entries before and after
-        group, into = [old.pop(0)], [new.pop(0)]
-        while (sizes := [math.prod(s[a] for a in g) for s, g in ((before, group), (after, into))])[0] != sizes[1]:
-            (group if sizes[0] < sizes[1] else into).append((old if sizes[0] < sizes[1] else new).pop(0))
+    for group, into in _matching_axes(before, after):
         members = [mark.places[axis] for axis in group]
         if all(member is None for member in members):
             continue
@@ -166,8 +170,21 @@ def moved_result(eqn: core.JaxprEqn, mark: Result) -> Result | None:
     return mark._replace(places=tuple(places))
 
 
-def product_mark(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
-    """Describes an equation with parameters as one operand, each of their entries once; otherwise returns None."""
+def _matching_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pairs the smallest groups of axes that a reshape turns into one another; axes of length 1 are in none."""
+    old = [axis for axis, n in enumerate(before) if n > 1]
+    new = [axis for axis, n in enumerate(after) if n > 1]
+    groups = []
+    while old:
+        group, into = [old.pop(0)], [new.pop(0)]
+        while (sizes := [math.prod(s[a] for a in g) for s, g in ((before, group), (after, into))])[0] != sizes[1]:
+            (group if sizes[0] < sizes[1] else into).append((old if sizes[0] < sizes[1] else new).pop(0))
+        groups.append((group, into))
+    return groups
+
+
+def product_in(eqn: core.JaxprEqn, marks: list[Mark]) -> Product | None:
+    """Describes a product with an operand that parameters make up, each of their entries once; otherwise None."""
     if eqn.primitive.name not in {"dot_general", "conv_general_dilated"}:
         return None
     first, second = (views_of(mark) for mark in marks)
@@ -196,14 +213,14 @@ def product_mark(eqn: core.JaxprEqn, marks: list[Any]) -> Product | None:
     return product if whole and usable else None
 
 
-def result_mark(product: Product) -> Result:
+def result_of(product: Product) -> Result:
     """Returns the mark of a product's result."""
     axes = [*product.stack_axes(), *product.feature_axes()]
     places = [(axes.index(axis),) if axis in axes else None for axis in range(len(product.out.shape))]
     return Result(product, tuple(places))
 
 
-def lookup_mark(eqn: core.JaxprEqn, marks: list[Any]) -> Lookup | None:
+def lookup_in(eqn: core.JaxprEqn, marks: list[Mark]) -> Lookup | None:
     """Describes a `gather` of whole rows of a parameter, one for each index; otherwise returns None."""
     if eqn.primitive.name != "gather" or not isinstance(marks[0], View):
         return None
@@ -222,30 +239,27 @@ def lookup_mark(eqn: core.JaxprEqn, marks: list[Any]) -> Lookup | None:
     return Lookup(views=(marks[0],), name="gather", out=out, mesh_axes=mesh_axes, mode=eqn.params["mode"])
 
 
-def is_bias(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
-    """Tells whether an addition adds one number to each feature of a product's result, and notes it there."""
-    result = next((mark for mark in marks if isinstance(mark, Result)), None)
-    if result is None or result.product.bias:
-        return False
-    (place,) = (i for i, mark in enumerate(marks) if mark is not result)
-    views = views_of(marks[place])
-    varying = varying_axes(eqn.invars[place], marks[place]) if views else []
-    places = [result.places[axis] for axis in varying]
+def bias_in(eqn: core.JaxprEqn, marks: list[Mark]) -> tuple[Product, tuple[View, ...]] | None:
+    """Returns the product and its bias if an addition adds one number to each feature of its result; otherwise None."""
+    i, result = next(((i, mark) for i, mark in enumerate(marks) if isinstance(mark, Result)), (0, None))
+    if eqn.primitive.name != "add" or result is None or result.product.bias:
+        return None
+    variable, mark = eqn.invars[1 - i], marks[1 - i]
+    if not isinstance(mark, View | Joined):
+        return None
+    views = views_of(mark)
+    places = [result.places[axis] for axis in varying_axes(variable, mark)]
     is_bias = (
-        bool(views)
-        and None not in places
+        None not in places
         and places == sorted(place for place in places if place is not None)
         and all(move.primitive.name not in {"transpose", "rev"} for view in views for move in view.moves)
-        and sum(view.size for view in views) == num_features(result, shape_of(eqn.outvars[0]))
+        and sum(view.size for view in views) == _num_features(result, shape_of(eqn.outvars[0]))
         and [view.sliced for view in views] == [view.sliced for view in result.product.views]
     )
-    if is_bias:
-        result.product.bias = views
-    return is_bias
+    return (result.product, views) if is_bias else None
 
 
-def num_features(result: Result, shape: tuple[int, ...]) -> int:
-    """Returns the number of features that a product's result has."""
+def _num_features(result: Result, shape: tuple[int, ...]) -> int:
     return math.prod(n for n, place in zip(shape, result.places, strict=True) if place is not None)
 
 
@@ -260,9 +274,9 @@ def varying_axes(variable: Any, mark: View | Joined) -> list[int]:
     return [axis for axis, n in enumerate(shape) if n > 1]
 
 
-def own_axes(eqn: core.JaxprEqn, place: int, mark: Any) -> tuple[int, ...] | None:
-    """Returns the axes of a repeated parameter along which it is not; None if it is no such parameter."""
-    before, after = eqn.invars[place], eqn.outvars[0]
+def own_axes(eqn: core.JaxprEqn, operand: int, mark: Mark) -> tuple[int, ...] | None:
+    """Returns the axes along which a repeated parameter varies; None if the operand is no repeated parameter."""
+    before, after = eqn.invars[operand], eqn.outvars[0]
     if isinstance(mark, View):
         view, axes = mark, varying_axes(before, mark)
     elif isinstance(mark, Entrywise):
@@ -275,23 +289,23 @@ def own_axes(eqn: core.JaxprEqn, place: int, mark: Any) -> tuple[int, ...] | Non
 
 
 def unrepeated(view: View) -> View:
-    """Leaves out a last move that repeats the parameter."""
+    """Drops a last move that repeats the parameter."""
     repeats = view.moves and size_of(view.moves[-1].outvars[0]) > size_of(view.moves[-1].invars[0])
     return view._replace(moves=view.moves[:-1]) if repeats else view
 
 
-def is_penalty(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
-    """Tells whether one operand is a number made of parameters alone, and the other a variable that is not."""
+def adds_penalty(eqn: core.JaxprEqn, marks: list[Mark]) -> bool:
+    """Tells whether a sum or difference has a scalar function of parameters and a variable without any as operands."""
     of_parameters = [bool(sources_of(mark, "")) for mark in marks]
-    if all(of_parameters):
+    if eqn.primitive.name not in {"add", "sub"} or all(of_parameters):
         return False
-    number, other = of_parameters.index(True), of_parameters.index(False)
-    is_number = isinstance(marks[number], Function) and shape_of(eqn.invars[number]) == ()
-    return is_number and not isinstance(eqn.invars[other], core.Literal)
+    penalty, other = of_parameters.index(True), of_parameters.index(False)
+    is_scalar = isinstance(marks[penalty], Function) and shape_of(eqn.invars[penalty]) == ()
+    return is_scalar and not isinstance(eqn.invars[other], core.Literal)
 
 
-def is_of_parameters_alone(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
-    """Tells whether an equation has to do with parameters and numbers, or changes each entry of parameters alone."""
+def is_of_parameters_alone(eqn: core.JaxprEqn, marks: list[Mark]) -> bool:
+    """Tells whether the result depends on parameters and numbers alone, or changes each entry of a parameter."""
     marked = [(mark, variable) for mark, variable in zip(marks, eqn.invars, strict=True) if sources_of(mark, "")]
     if any(
         views_of(mark) and sum(view.size for view in views_of(mark)) < size_of(variable) for mark, variable in marked
@@ -302,23 +316,22 @@ def is_of_parameters_alone(eqn: core.JaxprEqn, marks: list[Any]) -> bool:
     return all(sources_of(mark, "") or shape_of(v) == () for mark, v in zip(marks, eqn.invars, strict=True))
 
 
-def applied_mark(eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> Entrywise | Function:
+def function_of(eqn: core.JaxprEqn, values: list[Any], marks: list[Mark]) -> Entrywise | Function:
     """Returns the mark of a function of parameters alone."""
     name = eqn.primitive.name
     sources = functools.reduce(operator.or_, (sources_of(mark, name) for mark in marks))
-    places = [i for i, mark in enumerate(marks) if sources_of(mark, name)]
-    place, mark = places[0], marks[places[0]]
+    operands = [i for i, mark in enumerate(marks) if sources_of(mark, name)]
+    first, mark = operands[0], marks[operands[0]]
     is_entrywise = (
         name in ENTRYWISE
-        and len(places) == 1
-        and isinstance(mark, View | Entrywise)
-        and size_of(eqn.outvars[0]) == size_of(eqn.invars[place])
-        and all(jnp.issubdtype(type_of(v).dtype, jnp.floating) for v in (eqn.invars[place], eqn.outvars[0]))
+        and len(operands) == 1
+        and size_of(eqn.outvars[0]) == size_of(eqn.invars[first])
+        and all(jnp.issubdtype(type_of(v).dtype, jnp.floating) for v in (eqn.invars[first], eqn.outvars[0]))
     )
-    if not is_entrywise:
+    if not is_entrywise or not isinstance(mark, View | Entrywise):
         return Function(sources)
-    view, value = mark.view if isinstance(mark, Entrywise) else mark, jnp.asarray(values[place])
+    view, value = mark.view if isinstance(mark, Entrywise) else mark, jnp.asarray(values[first])
     before = mark.derivative if isinstance(mark, Entrywise) else jnp.ones_like(value)
-    apply = lambda value: bind(eqn, [*values[:place], value, *values[place + 1 :]])[0]  # noqa: E731
+    apply = lambda value: bind(eqn, [*values[:first], value, *values[first + 1 :]])[0]  # noqa: E731
     _, derivative = jax.jvp(apply, (value,), (before,))
-    return Entrywise(view, derivative, sources[view.leaf])
+    return Entrywise(view, derivative, sources[view.path])

@@ -24,24 +24,24 @@ class View(NamedTuple):
     """A parameter with its entries rearranged.
 
     Attributes:
-      leaf: its place among the parameters' leaves.
-      size: how many entries it has, those of one slice.
-      moves: the equations that rearrange it; casts are left out.
-      sliced: for each `scan` around, outermost first, whether a slice of the parameter enters an iteration.
+      path: of the parameter, as `path_name` writes it.
+      size: how many entries it has; inside a `scan` over its slices, how many a slice has.
+      moves: the equations that rearrange it, without casts.
+      sliced: for each surrounding `scan`, outermost first, whether an iteration gets a slice of the parameter.
     """
 
-    leaf: int
+    path: str
     size: int
     moves: tuple[core.JaxprEqn, ...] = ()
     sliced: tuple[bool, ...] = ()
 
     def __call__(self, leaf: jax.Array) -> jax.Array:
-        """Rearranges an array like the parameter; slices become leading axes."""
+        """Rearranges an array of the parameter's shape; the slices that scans take become leading axes."""
         move = lambda x: functools.reduce(lambda x, eqn: bind(eqn, [x])[0], self.moves, x)  # noqa: E731
         return functools.reduce(lambda move, _: jax.vmap(move), range(sum(self.sliced)), move)(leaf)
 
     def layout(self) -> Any:
-        """Returns what is equal for views that rearrange alike."""
+        """Returns a value that is equal for views that rearrange their parameters in the same way."""
         return self.sliced, [(eqn.primitive.name, shape_of(eqn.outvars[0]), str(eqn.params)) for eqn in self.moves]
 
 
@@ -52,10 +52,10 @@ class Place:
     Attributes:
       views: the parameters.
       name: of the primitive.
-      out: shape and dtype of what a probe is added to.
-      lengths: of every `scan` around, outermost first.
-      micro_batches: for each of those scans, whether its iterations see other examples each.
-      mesh_axes: of a `shard_map` around, those along which the result differs.
+      out: shape and dtype of the array that a probe is added to.
+      lengths: of the surrounding scans, outermost first.
+      micro_batches: for each of those scans, whether every iteration sees examples of its own.
+      mesh_axes: the axes of a surrounding `shard_map` along which the result differs.
     """
 
     views: tuple[View, ...]
@@ -65,6 +65,11 @@ class Place:
     micro_batches: tuple[bool, ...] = ()
     mesh_axes: tuple[str, ...] = ()
 
+    @property
+    def probe_shape(self) -> tuple[int, ...]:
+        """The shape of a probe for all iterations."""
+        return (*self.lengths, *self.out.shape)
+
 
 @dataclasses.dataclass(kw_only=True)
 class Product(Place):
@@ -72,10 +77,10 @@ class Product(Place):
 
     Attributes:
       params: of the equation.
-      axis: of the operand, along which several parameters that make it up are side by side.
-      shape: of the operand.
-      comes_first: whether the parameters are the left operand.
-      bias: the parameters added to the result, if any, as `views`.
+      axis: of the operand that the parameters make up, the one along which they are joined; None for one parameter.
+      shape: of that operand.
+      comes_first: whether it is the left operand.
+      bias: the parameters added to the result, if any.
     """
 
     params: dict[str, Any]
@@ -86,20 +91,20 @@ class Product(Place):
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is one, or else a matrix product."""
+        """Whether it is a convolution; otherwise it is a matrix product."""
         return self.name == "conv_general_dilated"
 
     def parameter_axes(self) -> tuple[list[int], list[int], list[int]]:
-        """Returns the axes of the parameters' operand that a matrix product stacks, sums over and leaves."""
+        """Returns the batch, contracted and remaining axes of the parameters' operand of a matrix product."""
         contracted, batch = (list(axes[0 if self.comes_first else 1]) for axes in self.params["dimension_numbers"])
         return batch, contracted, [axis for axis in range(len(self.shape)) if axis not in {*batch, *contracted}]
 
     def stack_axes(self) -> list[int]:
-        """Returns the axes of the result that tell a stack of matrix products apart."""
+        """Returns the axes of the result that number the products of a stack."""
         return [] if self.is_convolution else list(range(len(self.parameter_axes()[0])))
 
     def feature_axes(self) -> list[int]:
-        """Returns the axes of the result that the parameters bring into it."""
+        """Returns the axes of the result that come from the parameters."""
         if self.is_convolution:
             return [self.params["dimension_numbers"].out_spec[1]]
         batch, _, free = self.parameter_axes()
@@ -109,13 +114,13 @@ class Product(Place):
 
 @dataclasses.dataclass(kw_only=True)
 class Spread(Place):
-    """A parameter is repeated along activations, such as a scale or an offset; the probe is added to the repeated one.
+    """A parameter, such as a scale or an offset, is broadcast to the activations; the probe is added to the broadcast.
 
-    Its activations are the derivative of what is repeated by the parameter, entry by entry: ones for the parameter
-    itself, or what one operation or another on each entry makes of it.
+    What is broadcast may be a function of each entry, such as its exponential. The activations of this place are its
+    derivative by the parameter: ones for the parameter itself.
 
     Attributes:
-      axes: of the result, along which the parameter is not repeated.
+      axes: of the result, those along which the parameter is not repeated.
     """
 
     axes: tuple[int, ...]
@@ -123,10 +128,12 @@ class Spread(Place):
 
 @dataclasses.dataclass(kw_only=True)
 class Lookup(Place):
-    """Rows of a parameter are looked up, as in an embedding; the probe is added to them, the activations are indices.
+    """Rows of a parameter are looked up, as in an embedding; the probe is added to the rows.
+
+    The activations of this place are the indices.
 
     Attributes:
-      mode: what becomes of an index out of bounds.
+      mode: of the `gather`, for indices out of bounds.
     """
 
     mode: Any

@@ -1,7 +1,7 @@
 """A power of the Kronecker-factored Fisher matrix, as a link in a chain."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -9,52 +9,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import (
-    PyTree,
-    ValueFn,
-    at_least_float32,
-    check_count,
-    check_function,
-    check_number,
-    checked,
-    path_name,
-    scheduled,
-    wide_dtype,
-)
+from optcurv.arguments import PyTree, ValueFn, at_least_float32, by_path, checked, scalar_fn, scheduled, wide_dtype
 from optcurv.convolutions import with_canonical_convolutions
 from optcurv.curvature import Composite
-from optcurv.kronecker.factors import (
-    DIAGONAL,
-    KRONECKER,
-    Factors,
-    Powers,
-    Structure,
-    damp,
-    init_powers,
-    is_early,
-    refresh_powers,
-)
+from optcurv.kronecker.averages import PROBATION, Averages, Statistics, average
+from optcurv.kronecker.factors import KRONECKER, Factors, Powers, Structure, damp, init_powers, is_early, refresh_powers
 from optcurv.kronecker.layers import Layers
-from optcurv.kronecker.layers import layers as find_layers
+from optcurv.kronecker.options import Options
+from optcurv.kronecker.recording import Recording, record
 from optcurv.kronecker.samplers import OutputGradientSampler
-from optcurv.kronecker.sizes import check_layers, factor_shapes_of, guessed_sizes, sizes_of
-from optcurv.kronecker.statistics import count_examples, pull_back_taps, tap
-from optcurv.sharding import check_splits_rows, mean_over_devices, own_key
-
-_OUTLIER = 1e4  # times the average: beyond it a batch's statistics are not averaged in at once
-_PROBATION = 10  # batches in which averages are given up again if they prove to be those of a spike
+from optcurv.sharding import mean_over_devices, own_key
 
 
 class KroneckerInfo(NamedTuple):
     """What one step did; scalars for the log.
 
     Attributes:
-      num_layers: how many layers the loss has; all parameters in none are preconditioned diagonally.
-      largest_eigenvalue: of the damped Fisher matrix's layers.
+      num_layers: the number of layers in the loss; parameters in none are preconditioned diagonally.
+      largest_eigenvalue: of the damped Fisher matrix.
       smallest_eigenvalue: likewise.
-      age: steps since the stalest powers were taken.
-      norm_ratio: the norm of the outgoing updates over that of the incoming ones.
-      finite: whether the updates were finite and there are statistics; the outgoing ones are zero otherwise.
+      age: steps since the oldest powers were computed.
+      norm_ratio: the norm of the outgoing updates divided by that of the incoming ones.
+      finite: whether the updates were finite and there are statistics; otherwise the outgoing ones are zero.
       refused: whether the last batch measured was kept out of the averages.
     """
 
@@ -70,11 +46,15 @@ class KroneckerInfo(NamedTuple):
 class ScaleByKroneckerState(NamedTuple):
     """State of `scale_by_kronecker`.
 
+    A layer's statistics belong to its kernel and bias together and have the shape of neither. So the state holds
+    dictionaries by path and no trees like the parameters, and `optax.tree.map_params` cannot map it;
+    `optcurv.state_shardings` says where its arrays belong.
+
     Attributes:
       count: steps taken.
-      key: of the sampled labels, as key data.
-      weight: what the averages' weights sum to; less than one at first.
-      num_averaged: batches averaged in since the averages began anew; no more than ten are counted, and ten at first.
+      key: for the sampled labels, as key data.
+      weight: the sum of the weights in the averages; less than one at first.
+      num_averaged: batches averaged in since the averages last started afresh, counted up to ten; at first it is ten.
       factors: averages of each layer's factors, by the path of its kernel.
       squares: averages of the squared gradients of the other parameters, by path.
       powers: of the factors.
@@ -123,9 +103,9 @@ def scale_by_kronecker(
 
     The layers are found in the loss closure (see `optcurv.layers`, also for how to leave one out) and must be the same
     at every step. Parameters in no layer are scaled by the same power of their average squared gradient, each example's
-    own as for the factors, or an estimate from the batch's: RMSProp without momentum. A loss without layers is
-    preconditioned so as a whole, and counts as that of one example unless `batch_size` is given. `info.num_layers` says
-    how many layers were found.
+    own as for the factors, or an estimate from the batch's: RMSProp without momentum. If a loss has no layers, this
+    goes for all parameters, and it counts as the loss of one example unless `batch_size` is given. `info.num_layers`
+    says how many layers were found.
 
     **The loss must be a mean over examples.** A sum cannot be told from a mean: it is also the mean of losses N times
     as large. Multiplying the loss by c multiplies the updates by :math:`c^{1 + 2p}`. At p = -1/2 nothing changes; at
@@ -134,10 +114,10 @@ def scale_by_kronecker(
 
     The update takes the extra arguments `value_fn` (required) and `curvature_value_fn` (the loss on a smaller batch,
     for the factors only). Updates that are not finite become zero. Statistics that are not finite are not averaged in,
-    nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade but
-    slowly. Where they come twice in a row the averages begin anew. The same holds for statistics as far below the
-    averages in the ten batches after such a beginning, which may have been a spike. The very first batch is never given
-    up so: parameters that converge early look just as if it had been a spike.
+    nor are those 10⁴ times the averages (gradients a hundred times as long): a single spike of the loss would fade only
+    slowly. If two such batches come in a row, the averages start afresh. In the ten batches after that, the same holds
+    for statistics as far below the averages, as these may be those of a spike. The averages of the very first batch are
+    never given up in this way: if parameters converge early, it looks just as if that batch had been a spike.
 
     Args:
       power: p < 0.
@@ -145,7 +125,7 @@ def scale_by_kronecker(
       factor_every: steps from one batch averaged in to the next; early on there are more.
       root_every: :math:`T_{int}`, steps from one decomposition of a factor to the next; likewise.
       damping: λ ≥ 0, relative, a number or a schedule.
-      absolute_damping: likewise; published 1e-6, with no relative one.
+      absolute_damping: likewise; published 1e-6, with no relative damping.
       structure: `optcurv.KRONECKER` (default), `optcurv.BLOCK` (all correlations within a layer, for small ones), or
         `optcurv.DIAGONAL`.
       sampler: of gradients at the outputs. None (default) takes the labels of the loss, for the empirical Fisher
@@ -157,15 +137,15 @@ def scale_by_kronecker(
         the factors of all such arrays; with `layers`, only what is used.
       batch_size: the number of examples whose mean the loss is, of those on one device within `jax.shard_map`; default:
         the leading axis of the layers' inputs.
-      rank: of factors larger than twice this only so many leading eigenpairs are found, by subspace iteration from
-        the previous ones, and all other eigenvalues count as equal to their mean; None finds all, exactly, at a cost
-        in proportion to the cube of a layer's width.
+      rank: how many leading eigenpairs are computed of factors larger than twice this, by subspace iteration from the
+        previous ones; all other eigenvalues count as equal to their mean. None computes all, exactly, at a cost
+        proportional to the cube of a layer's width.
       max_factor_size: of larger factors only the diagonal is kept.
-      max_positions: of a convolution's inputs use about so many positions, on a grid; default: all.
-      root_sharding: shares the decompositions out: the factors of one size are split among the devices along the mesh
-        axes of its first dimension, say `jax.NamedSharding(mesh, jax.P("data"))`, and the results exchanged; default:
-        every device decomposes all.
-      seed: of the sampled labels.
+      max_positions: how many positions of a convolution's inputs to use, about, on a grid; default: all.
+      root_sharding: splits the decompositions, the factors of one size among the devices along the mesh axes of its
+        first dimension, as in `jax.NamedSharding(mesh, jax.P("data"))`, and exchanges the results; default: every
+        device decomposes all.
+      seed: for the sampled labels.
 
     Returns:
       The transformation.
@@ -194,202 +174,216 @@ def scale_by_kronecker(
       >>> print(loss(params) < 1e-3 * start)
       True
     """
-    check_number("power", power, constant=True)
-    if isinstance(power, int | float) and power >= 0:
-        raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
-    check_number("factor_decay", factor_decay, minimum=0.0, maximum=1.0)
-    check_number("damping", damping, minimum=0.0)
-    check_number("absolute_damping", absolute_damping, minimum=0.0)
-    counts = {"factor_every": factor_every, "root_every": root_every, "max_factor_size": max_factor_size}
-    optional_counts = {"batch_size": batch_size, "max_positions": max_positions, "rank": rank}
-    for name, number in (counts | {name: n for name, n in optional_counts.items() if n is not None}).items():
-        check_count(name, number)
-    if not isinstance(structure, Structure):
-        raise TypeError(f"structure must be optcurv.KRONECKER, optcurv.BLOCK or optcurv.DIAGONAL, got {structure!r}.")
-    if sampler is not None:
-        check_function("sampler", sampler, "key, outputs", "such as optcurv.sample_categorical_gradients")
-    if layers is not None and not isinstance(layers, Layers):
-        raise TypeError(f"layers must be what optcurv.layers(value_fn, params) returns, got {type(layers).__name__}.")
-    if root_sharding is not None:
-        check_splits_rows("root_sharding", root_sharding)
+    options = Options(
+        power=power,
+        factor_decay=factor_decay,
+        factor_every=factor_every,
+        root_every=root_every,
+        damping=damping,
+        absolute_damping=absolute_damping,
+        structure=structure,
+        sampler=sampler,
+        layers=layers,
+        batch_size=batch_size,
+        rank=rank,
+        max_factor_size=max_factor_size,
+        max_positions=max_positions,
+        root_sharding=root_sharding,
+        seed=seed,
+    )
+    return checked("scale_by_kronecker", functools.partial(_init, options), functools.partial(_update, options))
 
-    leave_out = () if layers is None else layers.left_out
 
-    def factor_shapes(sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
-        return {path: factor_shapes_of(structure, max_factor_size, path, *size) for path, size in sizes.items()}
+def _init(options: Options, params: PyTree) -> ScaleByKroneckerState:
+    dtype = wide_dtype(params)
+    # Without `layers` only the loss will tell which parameters are in none, so there is room for the squares of all.
+    factor_shapes, square_shapes = options.shapes(options.layers, by_path(params))
+    factors = {path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes.items()}
+    # Arrays of their own, so that all can be donated.
+    zero, count, false = (functools.partial(jnp.zeros, (), dtype) for dtype in (jnp.float32, jnp.int32, bool))
+    return ScaleByKroneckerState(
+        count=count(),
+        key=jax.random.key_data(jax.random.key(options.seed)),
+        weight=jnp.zeros((), dtype),
+        num_averaged=jnp.full((), PROBATION, jnp.int32),
+        factors=factors,
+        squares={path: jnp.zeros(shape, dtype) for path, shape in square_shapes.items()},
+        powers=init_powers(factors, options.rank if options.structure is KRONECKER else None),
+        info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
+    )
 
-    def init(params: PyTree) -> ScaleByKroneckerState:
-        dtype, leaves = wide_dtype(params), _by_path(params)
-        sizes = {} if structure is DIAGONAL else guessed_sizes(leaves) if layers is None else sizes_of(layers)
-        factors = {
-            path: tuple(jnp.zeros(shape, dtype) for shape in shapes) for path, shapes in factor_shapes(sizes).items()
-        }
-        given = () if layers is None else [layer for layer in layers.found if layer.path in factors]
-        members = {place for layer in given for place in (layer.kernel, layer.bias)}
-        # Without `layers` only the loss will tell which parameters are in none, so each of them has its squares.
-        alone = [path for place, path in enumerate(leaves) if place not in members and jnp.size(leaves[path])]
-        # Arrays of their own, so that all can be donated.
-        zero, count, false = (functools.partial(jnp.zeros, (), dtype) for dtype in (jnp.float32, jnp.int32, bool))
-        return ScaleByKroneckerState(
-            count=count(),
-            key=jax.random.key_data(jax.random.key(seed)),
-            weight=jnp.zeros((), dtype),
-            num_averaged=jnp.full((), _PROBATION, jnp.int32),
-            factors=factors,
-            squares={path: jnp.zeros(jnp.shape(leaves[path]), dtype) for path in alone},
-            powers=init_powers(factors, rank if structure is KRONECKER else None),
-            info=KroneckerInfo(count(), zero(), zero(), count(), zero(), ~false(), false()),
-        )
 
-    def measure(value_fn: ValueFn, key: jax.Array, params: PyTree) -> tuple[dict[str, Factors], dict[str, jax.Array]]:
-        """Returns the factors of one batch, and the squared gradients that are to be had of other parameters."""
-        options = {"batch_size": batch_size, "max_positions": max_positions, "leave_out": leave_out}
-        if sampler is None:
-            found, taps, squares = tap(value_fn, params, **options)
-        elif isinstance(value_fn, Composite):
-            draw = sampler
-            sample = lambda outputs: draw(own_key(key, outputs), outputs)  # noqa: E731
-            found, taps, squares = pull_back_taps(_outputs_fn(value_fn), params, sample, **options)
-        else:
-            raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
-        shapes = factor_shapes(sizes_of(found))
-        factors = {
-            layer.path: structure.measure(uses, [len(shape) == 2 for shape in shapes[layer.path]])
-            for layer, uses in zip(found.found, taps, strict=True)
-        }
-        return mean_over_devices((factors, squares))
+def _update(
+    options: Options,
+    updates: PyTree,
+    state: Any,
+    params: PyTree = None,
+    *,
+    value_fn: ValueFn,
+    curvature_value_fn: ValueFn | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, ScaleByKroneckerState]:
+    del extra_args  # those of the other links in a chain
+    gradient = at_least_float32(updates)
+    gradients = by_path(gradient)
+    recording = record_loss(options, curvature_value_fn or value_fn, params)
+    # The gradient is that of `value_fn`, so its examples are those of the squares that are estimated from it.
+    whole = recording if curvature_value_fn is None else record(scalar_fn(value_fn), params, options.left_out)
+    num_examples = whole.num_examples(options.batch_size)
+    before = _averages_before(options, recording.layers, state, gradients)
 
-    def average(
-        value_fn: ValueFn,
-        num_examples: int,
-        state: ScaleByKroneckerState,
-        before: tuple[dict[str, Factors], dict[str, jax.Array]],
-        params: PyTree,
-        gradients: dict[str, jax.Array],
-    ) -> tuple[dict[str, Factors], dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
-        """Averages a batch into factors and squares.
-
-        Returns them with their weight, how many batches they hold, and whether this one was refused.
-        """
-        decay = scheduled(factor_decay, state.count, state.weight.dtype)
+    def average_in(operands: tuple[PyTree, Mapping[str, jax.Array]]) -> Averages:
+        params, gradients = operands
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
-        factors, own = measure(value_fn, key, params) if before[0] else ({}, {})
-        now = factors, {path: own.get(path, num_examples * gradients[path] ** 2) for path in before[1]}
-        like_this = optax.tree.scale(state.weight, now)  # the averages, had all batches been like this one
-        early = state.num_averaged < _PROBATION
-        odd = jax.tree.map(lambda a, b: _far_above(a, b) | (_far_above(b, a) & early), like_this, before)
-        any_odd = functools.reduce(jnp.logical_or, jax.tree.leaves(odd), jnp.zeros((), bool))
-        start = jax.tree.map(jnp.where, odd, like_this, before)
-        mixed = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, start, now)
-        usable = jnp.isfinite(optax.tree.sum(mixed)) & ~(any_odd & ~state.info.refused)
-        factors, squares = optax.tree.where(usable, optax.tree.cast_like(mixed, before), before)
-        weight = jnp.where(usable, decay * state.weight + 1 - decay, state.weight)
-        more = jnp.where(any_odd, 1, jnp.minimum(state.num_averaged + 1, _PROBATION))
-        return factors, squares, weight, jnp.where(usable, more, state.num_averaged), ~usable
+        alone = {path: gradients[path] for path in before.statistics.squares}
+        now = measure(options, recording, key, params, alone, num_examples)
+        return average(before, now, scheduled(options.factor_decay, state.count, state.weight.dtype))
 
-    def precondition(
-        found: Layers, powers: Powers, damped_squares: dict[str, jax.Array], gradients: dict[str, jax.Array]
-    ) -> dict[str, jax.Array]:
-        """Multiplies each layer's gradient by its powers, and every other parameter's by its own."""
-        paths, leaves = list(gradients), list(gradients.values())
-        results = {
-            path: leaf * damped_squares[path] ** power if path in damped_squares else leaf
-            for path, leaf in gradients.items()
-        }
-        for layer in found.found if powers.powers else ():
-            products = structure.apply(powers.powers[layer.path], layer.parts(leaves))
-            results |= {paths[place]: leaf for place, leaf in layer.leaves(products, leaves).items()}
-        return results
+    averages = jax.lax.cond(
+        is_early(state.count, options.root_every) | (state.count % options.factor_every == 0) | (state.weight == 0),
+        with_canonical_convolutions(average_in, (params, gradients)),
+        lambda _: before,
+        (params, gradients),
+    )
+    powers, damped_squares = refresh(options, averages, state)
+    results = precondition(options, recording.layers, powers, damped_squares, gradients)
+    result = jax.tree.unflatten(jax.tree.structure(updates), [results[path] for path in gradients])
+    result = optax.tree.cast_like(result, updates)
+    norm, result_norm = optax.tree.norm(gradient), optax.tree.norm(at_least_float32(result))
+    finite = (averages.weight > 0) & jnp.isfinite(norm) & jnp.isfinite(result_norm)
+    norm_ratio = jnp.where(finite, result_norm, 0.0) / jnp.where(norm > 0, norm, 1.0)
+    new_state = ScaleByKroneckerState(
+        count=optax.safe_increment(state.count),
+        key=state.key,
+        weight=averages.weight,
+        num_averaged=averages.num_averaged,
+        factors=state.factors | averages.statistics.factors,
+        squares=state.squares | averages.statistics.squares,
+        powers=powers,
+        info=_info(averages, powers, damped_squares, norm_ratio, finite),
+    )
+    return optax.tree.where(finite, result, optax.tree.zeros_like(result)), new_state
 
-    def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree = None,
-        *,
-        value_fn: ValueFn,
-        curvature_value_fn: ValueFn | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByKroneckerState]:
-        del extra_args  # those of the other links in a chain
-        gradient = at_least_float32(updates)
-        gradient_norm = optax.tree.norm(gradient)
-        gradients, treedef = _by_path(gradient), jax.tree.structure(gradient)
-        curvature_value_fn = curvature_value_fn or value_fn
-        found = find_layers(curvature_value_fn, params, leave_out=leave_out)
-        in_no_layer = gradients if structure is DIAGONAL else [path for path, _ in found.others.values()]
-        alone = [path for path in in_no_layer if jnp.size(gradients[path])]
-        shapes = {} if structure is DIAGONAL else factor_shapes(sizes_of(found))
-        check_layers(found, shapes, alone, state.factors, state.squares)
 
-        num_examples = count_examples(value_fn, params, batch_size, leave_out) if found.found else batch_size or 1
-        before = {path: state.factors[path] for path in shapes}, {path: state.squares[path] for path in alone}
-        average_in = lambda operands: average(curvature_value_fn, num_examples, state, before, *operands)  # noqa: E731
-        factors, squares, weight, num_averaged, refused = jax.lax.cond(
-            is_early(state.count, root_every) | (state.count % factor_every == 0) | (state.weight == 0),
-            with_canonical_convolutions(average_in, (params, gradients)),
-            lambda _: (*before, state.weight, state.num_averaged, state.info.refused),
-            (params, gradients),
+def record_loss(options: Options, value_fn: ValueFn, params: PyTree) -> Recording:
+    """Traces the function that the factors are measured in: the loss, or the model where labels are drawn."""
+    if options.sampler is None:
+        return record(scalar_fn(value_fn), params, options.left_out)
+    if not isinstance(value_fn, Composite):
+        raise TypeError("To draw labels, scale_by_kronecker needs the loss as an optcurv.Composite.")
+
+    def outputs_fn(params: PyTree) -> PyTree:
+        outputs, _ = value_fn.outputs_and_aux(params)
+        jax.eval_shape(scalar_fn(value_fn.loss_of_outputs), outputs)  # raises unless it is a loss
+        return outputs
+
+    return record(outputs_fn, params, options.left_out)
+
+
+def _averages_before(
+    options: Options, layers: Layers, state: ScaleByKroneckerState, leaves: Mapping[str, jax.Array]
+) -> Averages:
+    """Returns the averages for the layers of the loss and for the other parameters; raises if the state lacks some."""
+    factor_shapes, square_shapes = options.shapes(layers, leaves)
+    made = {path: tuple(factor.shape for factor in several) for path, several in state.factors.items()}
+    fits = all(made.get(path) == shapes for path, shapes in factor_shapes.items())
+    if not (fits and state.squares.keys() >= square_shapes.keys()):
+        if not layers.found:
+            raise ValueError(f"No layer was found in the loss: no parameter multiplies activations as it is.\n{layers}")
+        raise ValueError(
+            "The layers of the loss are not those the state was made for. Without layers= these are guessed from the "
+            "shapes of the parameters: make the optimiser with layers=optcurv.layers(value_fn, params), which finds\n"
+            f"{layers}"
         )
-        begun, weight_or_one = weight > 0, jnp.where(weight > 0, weight, 1.0)
-        dampings = {
-            "relative": scheduled(damping, state.count),
-            "absolute_damping": scheduled(absolute_damping, state.count),
-        }
-        powers = refresh_powers(
-            state.powers,
-            factors,
-            weight_or_one,
-            exponent=power,
-            every=root_every,
-            count=state.count,
-            usable=begun,
-            sharding=root_sharding,
-            **dampings,
-        )
-        unbiased = {path: square / weight_or_one for path, square in squares.items()}
-        damped_squares = {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
-        results = precondition(found, powers, damped_squares, gradients)
-        result = optax.tree.cast_like(jax.tree.unflatten(treedef, list(results.values())), updates)
-        result_norm = optax.tree.norm(at_least_float32(result))
-        finite = begun & jnp.isfinite(gradient_norm) & jnp.isfinite(result_norm)
-        result = optax.tree.where(finite, result, optax.tree.zeros_like(result))
-        spectra = [functools.reduce(jnp.multiply, powers.extremes[path]) for path in factors]
-        spectra += damped_squares.values()
-        info = KroneckerInfo(
-            num_layers=jnp.int32(len(factors)),
-            largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra), 0.0)),
-            smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra), jnp.inf)),
-            age=jnp.max(powers.ages),
-            norm_ratio=jnp.float32(
-                jnp.where(finite, result_norm, 0.0) / jnp.where(gradient_norm > 0, gradient_norm, 1.0)
-            ),
-            finite=finite,
-            refused=refused,
-        )
-        new_state = ScaleByKroneckerState(
-            count=optax.safe_increment(state.count),
-            key=state.key,
-            weight=weight,
-            num_averaged=num_averaged,
-            factors=state.factors | factors,
-            squares=state.squares | squares,
-            powers=powers,
-            info=info,
-        )
-        return result, new_state
-
-    return checked("scale_by_kronecker", init, update)
+    factors = {path: state.factors[path] for path in factor_shapes}
+    statistics = Statistics(factors, {path: state.squares[path] for path in square_shapes})
+    return Averages(statistics, state.weight, state.num_averaged, state.info.refused)
 
 
-def _outputs_fn(composite: Composite) -> Callable[[PyTree], PyTree]:
-    return lambda params: composite.outputs_and_aux(params)[0]
+def measure(
+    options: Options,
+    recording: Recording,
+    key: jax.Array,
+    params: PyTree,
+    alone: Mapping[str, jax.Array],
+    num_examples: int,
+) -> Statistics:
+    """Returns the statistics of one batch.
+
+    Args:
+      options: of the optimiser.
+      recording: of the loss, or of the model where labels are drawn.
+      key: for the labels.
+      params: the parameters.
+      alone: gradients of the parameters in no layer, by path. Where the squares of each example's own cannot be
+        computed, they are estimated as `num_examples` times the square of this one.
+      num_examples: whose mean gradient that is.
+    """
+    sampler, structure = options.sampler, options.structure
+    sample = None if sampler is None else lambda outputs: sampler(own_key(key, outputs), outputs)
+    factor_shapes, _ = options.shapes(recording.layers, by_path(params))
+    factors, own = {}, {}
+    if factor_shapes:
+        uses, own = recording.taps(params, sample, batch_size=options.batch_size, max_positions=options.max_positions)
+        for path, shapes in factor_shapes.items():
+            factors[path] = structure.measure(uses[path], [len(shape) == 2 for shape in shapes])
+        factors, own = mean_over_devices((factors, own))
+    squares = {path: own.get(path, num_examples * gradient**2) for path, gradient in alone.items()}
+    return Statistics(factors, squares)
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves in their order, keyed by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+def refresh(options: Options, averages: Averages, state: ScaleByKroneckerState) -> tuple[Powers, dict[str, jax.Array]]:
+    """Computes the powers of the debiased factors that are due; returns them with the debiased, damped squares."""
+    weight = jnp.where(averages.weight > 0, averages.weight, 1.0)
+    dampings = {
+        "relative": scheduled(options.damping, state.count),
+        "absolute_damping": scheduled(options.absolute_damping, state.count),
+    }
+    powers = refresh_powers(
+        state.powers,
+        averages.statistics.factors,
+        weight,
+        exponent=options.power,
+        every=options.root_every,
+        count=jnp.asarray(state.count),
+        usable=averages.weight > 0,
+        sharding=options.root_sharding,
+        **dampings,
+    )
+    unbiased = {path: square / weight for path, square in averages.statistics.squares.items()}
+    return powers, {path: damp(square, jnp.mean(square), **dampings) for path, square in unbiased.items()}
 
 
-def _far_above(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Whether a statistic is far above another that is not zero; its largest entry is a matrix's largest variance."""
-    return (jnp.max(other) > 0) & (jnp.max(one) > _OUTLIER * jnp.max(other))
+def precondition(
+    options: Options,
+    layers: Layers,
+    powers: Powers,
+    damped_squares: Mapping[str, jax.Array],
+    gradients: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Multiplies each layer's gradient by the powers of its factors, and every other one by that of its squares."""
+    results = {path: gradients[path] * square**options.power for path, square in damped_squares.items()}
+    for layer in layers.found if powers.powers else ():
+        products = options.structure.apply(powers.powers[layer.path], layer.parts(gradients))
+        results |= layer.leaves(products, gradients)
+    return dict(gradients) | results
+
+
+def _info(
+    averages: Averages,
+    powers: Powers,
+    damped_squares: Mapping[str, jax.Array],
+    norm_ratio: jax.Array,
+    finite: jax.Array,
+) -> KroneckerInfo:
+    factors = averages.statistics.factors
+    spectra = [functools.reduce(jnp.multiply, powers.extremes[path]) for path in factors] + [*damped_squares.values()]
+    return KroneckerInfo(
+        num_layers=jnp.int32(len(factors)),
+        largest_eigenvalue=jnp.float32(functools.reduce(jnp.maximum, map(jnp.max, spectra), 0.0)),
+        smallest_eigenvalue=jnp.float32(functools.reduce(jnp.minimum, map(jnp.min, spectra), jnp.inf)),
+        age=jnp.max(powers.ages),
+        norm_ratio=jnp.float32(norm_ratio),
+        finite=finite,
+        refused=averages.refused,
+    )

@@ -1,216 +1,197 @@
-"""Where a function's parameters meet activations, read off its jaxpr, JAX's own form of a traced function."""
+"""One trace of a loss: its layers, how many examples they see, and what they see of them."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from optcurv.accumulation import is_micro_batch
-from optcurv.convolutions import is_jaxpr
-from optcurv.kronecker.marks import (
-    CASTS,
-    ENTRYWISE,
-    Entrywise,
-    alike,
-    applied_mark,
-    inside_scan,
-    is_bias,
-    is_of_parameters_alone,
-    is_penalty,
-    lookup_mark,
-    mesh_axes_of,
-    note,
-    own_axes,
-    product_mark,
-    rearranged,
-    result_mark,
-    scan_counts,
-    sources_of,
-    unrepeated,
-    views_of,
-)
-from optcurv.kronecker.places import Place, Product, Spread, View, bind, shape_of
+from optcurv.arguments import PyTree, ValueFn, at_least_float32, by_path, scalar_fn
+from optcurv.kronecker.interpreter import Interpretable, interpret
+from optcurv.kronecker.layers import Layer, Layers, tell_layers
+from optcurv.kronecker.uses import Multiplied, Tap, Use, by_example, mean_square, zeros
 
 
-class Recording(NamedTuple):
-    """A function taken apart where its parameters meet activations.
+class Taps(NamedTuple):
+    """The inputs and output gradients of a network's layers, and the squared gradients of its other parameters.
 
     Attributes:
-      places: where they do in a way that is understood.
-      lost: for each leaf, what else it goes into.
-      penalties: for each leaf, what it goes into on the way to a number added to the result, without any activations.
-      evaluate: maps parameters and one probe for each place, an array added there, to the function's value and the
-        activations of each place; the iterations of every `scan` around are leading axes of both.
+      uses: for each layer, by path, one `Tap` for each of its uses.
+      squares: of parameters in no layer, by path: the mean over examples of the square of each example's own gradient.
+        Those of `Layers.estimated` are missing, and those of which no axis of the activations can be the examples'.
     """
 
-    places: list[Place]
-    lost: dict[int, set[str]]
-    penalties: dict[int, set[str]]
-    evaluate: Callable[[Any, list[jax.Array]], tuple[Any, list[jax.Array]]]
+    uses: dict[str, list[Tap]]
+    squares: dict[str, jax.Array]
 
 
-def record_places(fn: Callable[[Any], Any], params: Any) -> Recording:
-    """Finds where a function's parameters meet activations, in whatever library it was written.
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A function of parameters, traced once.
 
-    Looks into `jit`, `jax.checkpoint`, custom derivatives and `scan`. A parameter is followed through what only
-    rearranges it or casts it, through concatenation, and through what is done to each of its entries alone.
+    Attributes:
+      layers: in the function.
+      uses: of each parameter, by path.
+      traced: the function taken apart.
     """
-    traced, out_shape = jax.make_jaxpr(fn, return_shape=True)(params)
-    invars = getattr(traced, "jaxpr", traced).invars
-    marks = [View(leaf, math.prod(shape_of(variable))) for leaf, variable in enumerate(invars)]
-    counts: dict[int, int] = {}
 
-    def run(params: Any, probes: list[jax.Array] | None) -> tuple[Any, _Recorder]:
-        recorder = _Recorder(counts, probes)
-        results, result_marks = recorder.walk(traced, jax.tree.leaves(params), marks)
-        for mark in result_marks:
-            note(recorder.penalties, sources_of(mark, "the result"))
-        return jax.tree.unflatten(jax.tree.structure(out_shape), results), recorder
+    layers: Layers
+    uses: Mapping[str, Sequence[Use]]
+    traced: Interpretable
 
-    def evaluate(params: Any, probes: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
-        result, recorder = run(params, probes)
-        return result, recorder.activations
+    def num_examples(self, batch_size: int | None = None) -> int:
+        """Returns the number of examples on all devices together; a loss without layers is that of one example.
 
-    found: list[_Recorder] = []
-    jax.eval_shape(lambda params: found.append(run(params, None)[1]), params)
-    return Recording(found[-1].places, found[-1].lost, found[-1].penalties, evaluate)
+        Args:
+          batch_size: the number of examples on one device; default: the leading axis of the layers' inputs.
 
+        Raises:
+          ValueError: if it is not given and the layers' inputs do not agree.
+        """
+        kernels = [use for layer in self.layers.found for use in self.uses[layer.path]]
+        axes = {axis for use in kernels for axis in use.place.mesh_axes}
+        return math.prod(jax.lax.axis_size(axis) for axis in axes) * (batch_size or self._leading_size())
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-
-
-class _Recorder:
-    """Evaluates a jaxpr; values may carry a mark: one of the above, or a `View`."""
-
-    def __init__(self, counts: dict[int, int], probes: list[jax.Array] | None) -> None:
-        self.places: list[Place] = []
-        self.activations: list[jax.Array] = []
-        self.lost: dict[int, set[str]] = {}
-        self.penalties: dict[int, set[str]] = {}
-        self._counts = counts  # of the places inside each scan, by the identity of its equation
-        self._probes = probes
-
-    def walk(self, jaxpr: Any, values: Sequence[Any], marks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Returns a jaxpr's results and their marks."""
-        inner = getattr(jaxpr, "jaxpr", jaxpr)
-        known = dict(zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True))
-        known.update(zip(inner.invars, values, strict=True))
-        marked = dict(zip(inner.invars, marks, strict=True))
-
-        def read(variable: Any) -> tuple[Any, Any]:
-            return (
-                (variable.val, None) if isinstance(variable, core.Literal) else (known[variable], marked.get(variable))
+    def _leading_size(self) -> int:
+        """Returns the size that the inputs of all layers lead with; 1 without layers."""
+        kernels = [(layer.path, use) for layer in self.layers.found for use in self.uses[layer.path]]
+        sizes = list(dict.fromkeys((path, _leading_size_of(use)) for path, use in kernels))
+        if len({size for _, size in sizes}) > 1 or 0 in {size for _, size in sizes}:
+            raise ValueError(
+                "The number of examples cannot be told: the layers' inputs have leading axes of sizes "
+                f"{', '.join(f'{size} ({path})' for path, size in sizes)}. Pass batch_size, the number of examples "
+                f"whose mean the loss is; {_LEAVE_OUT}"
             )
+        return sizes[0][1] if sizes else 1
 
-        for eqn in inner.eqns:
-            operands = [read(variable) for variable in eqn.invars]
-            with eqn.ctx.manager:
-                results, result_marks = self._equation(
-                    eqn, [value for value, _ in operands], [mark for _, mark in operands]
-                )
-            known.update(zip(eqn.outvars, results, strict=True))
-            marked.update(zip(eqn.outvars, result_marks, strict=False))
-        results = [read(variable) for variable in inner.outvars]
-        return [value for value, _ in results], [mark for _, mark in results]
+    def taps(
+        self,
+        params: PyTree,
+        sample: Callable[[PyTree], PyTree] | None = None,
+        *,
+        batch_size: int | None = None,
+        max_positions: int | None = None,
+    ) -> Taps:
+        r"""Returns what the layers see of a batch, from one forward and one backward pass.
 
-    def _equation(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
-        name = eqn.primitive.name
-        if name in CASTS:
-            return bind(eqn, values), [alike(eqn, mark) for mark in marks]
-        if name == "stop_gradient":
-            return bind(eqn, values), []
-        if any(map(views_of, marks)) and name in _CALLS:
-            (jaxpr,) = (value for value in eqn.params.values() if is_jaxpr(value))
-            return self.walk(jaxpr, values, marks)
-        if name == "scan" and any(sources_of(mark, name) for mark in marks):
-            return self._scan(eqn, values, marks), []
-        mark = rearranged(eqn, marks)
-        if mark is None and any(sources_of(mark, name) for mark in marks):
-            return self._meeting(eqn, values, marks)
-        return bind(eqn, values), [alike(eqn, mark)]
+        Args:
+          params: the point at which to look.
+          sample: maps the function's outputs to gradients there, of a mean over the examples on one device. Default:
+            the function is the loss, a mean over all examples.
+          batch_size: the number of examples on one device; default: the leading axis of the layers' inputs.
+          max_positions: of a convolution's inputs, keep about so many on a regular grid; default: all. The positions of
+            inputs and gradients then no longer match.
 
-    def _meeting(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Parameters meet activations, or one another."""
-        name = eqn.primitive.name
-        place = product_mark(eqn, marks) or lookup_mark(eqn, marks)
-        if place is not None:
-            self._lose(eqn, [None if views_of(mark) == place.views else mark for mark in marks])
-            (result,) = bind(eqn, values)
-            if isinstance(place, Product):
-                return [self._record(place, values[place.comes_first], result)], [result_mark(place)]
-            return [self._record(place, values[1][..., 0], result)], []
-        if name == "add" and is_bias(eqn, marks):
-            return bind(eqn, values), []
-        if name in {"add", "sub"} and is_penalty(eqn, marks):
-            for mark in marks:
-                note(self.penalties, sources_of(mark, name))
-            return bind(eqn, values), []
-        if is_of_parameters_alone(eqn, marks):
-            return bind(eqn, values), [applied_mark(eqn, values, marks)] * len(eqn.outvars)
-        return bind(eqn, [self._spread(eqn, i, value, marks[i]) for i, value in enumerate(values)]), []
+        Raises:
+          ValueError: if the number of examples cannot be told.
+        """
+        leaves = by_path(params)
+        batch_size = batch_size or self._leading_size()
+        num_examples = self.num_examples(batch_size) if sample is None else batch_size
+        probes = [zeros(place.probe_shape, place.out.dtype, place.mesh_axes) for place in self.traced.findings.places]
+        run = functools.partial(self.traced.evaluate, params)
+        outputs, pull_back, activations = jax.vjp(run, probes, has_aux=True)
+        (cotangents,) = pull_back(jnp.ones_like(outputs) if sample is None else sample(outputs))
 
-    def _record(self, place: Place, activations: jax.Array, value: jax.Array) -> jax.Array:
-        """Notes a place and its activations; returns the value with its probe."""
-        self.places.append(place)
-        self.activations.append(activations)
-        return value if self._probes is None else value + self._probes[len(self.places) - 1]
+        def arranged(use: Use, max_positions: int | None) -> tuple[jax.Array, ...]:
+            return use.arrange(activations[use.index], cotangents[use.index], max_positions)
 
-    def _lose(self, eqn: core.JaxprEqn, marks: Sequence[Any]) -> None:
-        for mark in marks:
-            note(self.lost, sources_of(mark, eqn.primitive.name))
+        uses = {
+            layer.path: [
+                _tap(layer, arranged(use, max_positions), batch_size, num_examples) for use in self.uses[layer.path]
+            ]
+            for layer in self.layers.found
+        }
+        squares = {}
+        for path in (path for path in self.layers.others if path not in self.layers.estimated):
+            arrays = [use.by_example(arranged(use, None), batch_size) for use in self.uses[path]]
+            known = [array for array in arrays if array is not None]
+            if len(known) == len(arrays):
+                squares[path] = num_examples**2 * mean_square(self.uses[path], known, leaves[path])
+        return Taps(uses, squares)
 
-    def _spread(self, eqn: core.JaxprEqn, place: int, value: Any, mark: Any) -> Any:
-        """Returns an operand with a probe if it is a parameter repeated along activations; otherwise it is lost."""
-        axes = own_axes(eqn, place, mark)
-        if axes is None:
-            self._lose(eqn, [mark])
-            return value
-        shape = shape_of(eqn.outvars[0] if eqn.primitive.name in ENTRYWISE else eqn.invars[place])
-        if isinstance(mark, Entrywise):
-            view, name = mark.view, mark.name
-            derivative = mark.derivative.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
-        else:
-            view, name, derivative = unrepeated(mark), eqn.primitive.name, jnp.ones([1] * len(shape))
-        out, varying = jax.ShapeDtypeStruct(shape, value.dtype), mesh_axes_of(eqn.invars[place])
-        spread = Spread(views=(view,), name=name, out=out, mesh_axes=varying, axes=axes)
-        return self._record(spread, derivative, jnp.broadcast_to(value, shape))
 
-    def _scan(self, eqn: core.JaxprEqn, values: list[Any], marks: list[Any]) -> list[Any]:
-        """Follows constants and slices of parameters into the iterations."""
-        num_consts, num_carry = scan_counts(eqn)
-        first_slice = num_consts + num_carry
-        consts, carry, slices = values[:num_consts], values[num_consts:first_slice], values[first_slice:]
-        inner_marks = [
-            None if num_consts <= i < first_slice else inside_scan(mark, i >= first_slice, eqn.params["length"])
-            for i, mark in enumerate(marks)
-        ]
-        self._lose(eqn, [mark for mark, inner in zip(marks, inner_marks, strict=True) if inner is None])
-        done = len(self.places)
-        probes = None if self._probes is None else self._probes[done : done + self._counts[id(eqn)]]
-        recorders: list[_Recorder] = []
+def record(fn: Callable[[PyTree], PyTree], params: PyTree, leave_out: Sequence[str] = ()) -> Recording:
+    """Traces a function of parameters; `leave_out` as for `layers`."""
+    traced = interpret(fn, params)
+    found, uses = tell_layers(traced.findings, params, leave_out)
+    return Recording(found, uses, traced)
 
-        def body(carry: list[Any], slices_and_probes: Any) -> tuple[list[Any], Any]:
-            slices, probes = slices_and_probes
-            recorder = _Recorder(self._counts, probes)
-            results, result_marks = recorder.walk(eqn.params["jaxpr"], [*consts, *carry, *slices], inner_marks)
-            recorder._lose(eqn, result_marks)
-            recorders.append(recorder)
-            return results[:num_carry], (results[num_carry:], recorder.activations)
 
-        loop = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-        carry, (stacked, activations) = jax.lax.scan(body, carry, (slices, probes), **loop)
-        inner = recorders[-1]
-        self._counts[id(eqn)] = len(inner.places)
-        self.activations += activations
-        for mine, inner_ones in ((self.lost, inner.lost), (self.penalties, inner.penalties)):
-            for leaf, names in inner_ones.items():
-                mine.setdefault(leaf, set()).update(names)
-        for place in inner.places:
-            lengths = (eqn.params["length"], *place.lengths)
-            micro_batches = (is_micro_batch(eqn.params["jaxpr"]), *place.micro_batches)
-            self.places.append(dataclasses.replace(place, lengths=lengths, micro_batches=micro_batches))
-        return [*carry, *stacked]
+def layers(value_fn: ValueFn, params: PyTree, *, leave_out: Sequence[str] = ()) -> Layers:
+    r"""Finds a network's layers; nothing is computed.
+
+    A layer is a parameter that multiplies activations, in a matrix product or in a convolution, in whatever library it
+    is written: it may be cast, transposed, reshaped, concatenated with others, used several times, or used inside of
+    `jit`, `jax.checkpoint` and `scan` (recurrent cells, and stacked layers). A bias added to the result joins it, also
+    after the result was transposed or reshaped, or under `vmap`.
+
+    Of every other parameter only the diagonal of the Fisher matrix is taken. The table marks as `diagonal` what is used
+    in ways that are understood: scales, offsets, embeddings that are looked up, and kernels used in several ways, such
+    as an embedding that is the last layer too. Their diagonal is the mean over examples of the squares of each
+    example's own gradient, if one axis of the activations is as long as the batch. Otherwise, and for those marked
+    `diagonal, estimated`, it is estimated as N times the square of the mean gradient of N examples. That is about right
+    where the gradients are mostly noise, and up to N times too large where they agree. A penalty, that is a number made
+    of parameters alone and added to the loss, belongs to no example and is left out of the Fisher matrix.
+
+    A layer that does not see the examples must be left out by name: one on constants, such as the coordinates of
+    positions, or one on the slots of a mixture of experts, which hold tokens of any example. An error asks for it where
+    the number of rows is not a multiple of the batch size. **Where it is a multiple, the rows are taken for examples,**
+    as nothing tells them from the tokens of a text.
+
+    The members of an ensemble under `vmap` that share their inputs are one wide layer, with one factor for the outputs
+    of all. With inputs of their own, as in `jax.vmap(net)(params, jnp.broadcast_to(x, (members, *x.shape)))`, they are
+    a stack.
+
+    Args:
+      value_fn: the loss as a function of params.
+      params: the parameters, or their shapes.
+      leave_out: the paths of parameters, as the table writes them, whose diagonal is to be estimated.
+
+    Returns:
+      The layers.
+
+    Raises:
+      ValueError: if there is no parameter of a name in `leave_out`.
+      TypeError: if `leave_out` is a single string.
+
+    Example:
+      >>> import jax.numpy as jnp, optcurv
+      >>> x = jnp.ones((5, 3))
+      >>> loss = lambda p: jnp.mean((p["scale"] * (x @ p["w"] + p["b"])) ** 2) + jnp.mean(jnp.sort(p["c"]))
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(2), "c": jnp.ones(4)}
+      >>> print(optcurv.layers(loss, params))
+      parameter  kind                 factors
+      ['w']      dense + bias         (4, 2)
+      ['c']      diagonal, estimated  goes into sort
+      ['scale']  diagonal             goes into mul
+      >>> print(optcurv.layers(loss, params, leave_out=["['w']"]).others["['w']"])
+      left out
+    """
+    return record(scalar_fn(value_fn), params, leave_out).layers
+
+
+def _leading_size_of(use: Use) -> int:
+    """Returns the first axis of rows of a kernel's outputs; 0 if there is none."""
+    assert isinstance(use, Multiplied)
+    shape = jax.eval_shape(use.outputs, jax.ShapeDtypeStruct(use.place.probe_shape, use.place.out.dtype)).shape
+    return shape[1] if len(shape) > 2 else 0
+
+
+_LEAVE_OUT = (
+    "leave out layers that do not see the examples, by layers=optcurv.layers(value_fn, params, leave_out=[...])."
+)
+
+
+def _tap(layer: Layer, arrays: tuple[jax.Array, ...], batch_size: int, num_examples: int) -> Tap:
+    inputs, gradients = (by_example(array, batch_size) for array in at_least_float32(arrays))
+    if inputs is None or gradients is None:
+        raise ValueError(
+            f"The inputs of {layer.path}, with axes of sizes {list(arrays[0].shape[1:-1])} beside their features, hold "
+            f"no {batch_size} examples. Pass batch_size, the number of examples whose mean the loss is; {_LEAVE_OUT}"
+        )
+    last = jnp.full_like(inputs[..., :1], layer.bias is not None)
+    return Tap(jnp.concatenate([inputs, last], axis=-1), num_examples * gradients)

@@ -1,10 +1,10 @@
-"""How a parameter is used at a place, and the gradients of single examples that follow."""
+"""How a parameter is used at a place, and what that makes the gradients of single examples."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +24,42 @@ from optcurv.sharding import mesh_axes
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, axes: tuple[str, ...]) -> jax.Array:
-    """Returns zeros that differ, or rather their cotangents do, from device to device along axes of a mesh."""
+    """Returns zeros whose cotangents may differ from device to device along these mesh axes."""
     zeros = jnp.zeros(shape, dtype)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
+class Tap(NamedTuple):
+    r"""The inputs of a layer in one of its uses, and the gradients at its outputs.
+
+    Attributes:
+      inputs: a, of shape `(stack, examples, positions, in_size + 1)`; the last entry is 1 if there is a bias to
+        multiply, otherwise 0.
+      gradients: :math:`\beta = \partial \ell_n / \partial s` of each example's own loss, of shape `(stack, examples,
+        positions, out_size)`. Summed over positions, :math:`a \beta^\top` is that example's gradient by the kernel.
+    """
+
+    inputs: jax.Array
+    gradients: jax.Array
+
+
 def by_example(array: jax.Array, batch_size: int) -> jax.Array | None:
-    """Arranges `(stack, ..., size)` as `(stack, examples, positions, size)`; None if it does not hold the examples."""
+    """Arranges `(stack, ..., size)` as `(stack, examples, positions, size)`; None if no axis can be the examples'."""
     stack, *rows, size = array.shape
     if batch_size in rows:
         array = jnp.moveaxis(array, 1 + rows.index(batch_size), 1)
-    elif not rows or rows[0] % batch_size != 0:  # otherwise examples times positions, as in tokens of a text
+    elif not rows or rows[0] % batch_size != 0:  # a multiple is examples times positions, such as tokens of texts
         return None
     return array.reshape(stack, batch_size, -1, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A place where a parameter meets activations.
+    """One parameter's part in a place where parameters meet activations.
 
-    Every one is seen as a stack of arrays (stack, rows, size), with any number of axes of rows, those of the examples
-    first; the gradients at what comes out of it are the last of the arrays.
+    Attributes:
+      place: the place.
+      index: its number among the places of the loss.
     """
 
     place: Place
@@ -57,13 +72,17 @@ class Use:
     def arrange(
         self, activations: jax.Array, cotangents: jax.Array, max_positions: int | None
     ) -> tuple[jax.Array, ...]:
-        """Arranges a place's activations and the gradients at what comes out of it, the parameter's part of either."""
+        """Arranges the parameter's part of the place's activations and cotangents.
+
+        Each array is arranged as (stack, rows, size), with any number of axes of rows, the examples' first. The last
+        one is of cotangents.
+        """
         raise NotImplementedError
 
     def by_example(self, arrays: tuple[jax.Array, ...], batch_size: int) -> list[jax.Array] | None:
-        """Arranges each as (stack, examples, positions, size); None if the examples cannot be told."""
+        """Arranges each array as (stack, examples, positions, size); None if no axis can be the examples'."""
         if not isinstance(self.place, Product) and batch_size not in arrays[0].shape[1:-1]:
-            return None  # tables and offsets of positions alone are common: a multiple tells nothing
+            return None  # a multiple is no evidence here: tables and offsets of positions alone are common
         split = [by_example(array, batch_size) for array in arrays]
         return None if any(array is None for array in split) else [array for array in split if array is not None]
 
@@ -72,7 +91,11 @@ class Use:
         raise NotImplementedError
 
     def _unscanned(self, arrange: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
-        """Slices of a kernel make a stack; iterations that share one are positions, or micro-batches of examples."""
+        """Arranges an array with leading axes of the surrounding scans, given how to arrange it without.
+
+        Iterations with a slice each of the parameter make a stack; those that share it are positions, or micro-batches
+        of examples.
+        """
         for _ in self.view.sliced:
             arrange = jax.vmap(arrange)
         array = arrange(array)
@@ -89,9 +112,10 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Multiplied(Use):
-    """A product that a kernel takes part in, and which of the parts of its operand the kernel is.
+    """A kernel (stack, in, out) that multiplies inputs (stack, rows, in), for outputs (stack, rows, out).
 
-    Parameters (stack, in, out) multiply inputs (stack, rows, in), for results (stack, rows, out).
+    Attributes:
+      part: the number of the kernel among the parameters that make up the operand.
     """
 
     place: Product
@@ -102,18 +126,16 @@ class Multiplied(Use):
         return self.place.views[self.part]
 
     def layout(self) -> Any:
-        """Returns what is equal for uses that can share their factors."""
+        """Returns a value that is equal for uses that can share their factors."""
         product = self.place
         axes = product.params["dimension_numbers"]
         arrangement = axes.rhs_spec if product.is_convolution else product.parameter_axes()
         return product.name, arrangement, product.params.get("feature_group_count"), self.view.layout()
 
-    def bias(self) -> int | None:
-        """Returns the parameter added to this part's results."""
+    def bias(self) -> str | None:
+        """Returns the path of the parameter that is added to this part of the result."""
         biases = self.place.bias
-        if len(biases) != len(self.place.views):
-            return None
-        return biases[self.part].leaf
+        return biases[self.part].path if len(biases) == len(self.place.views) else None
 
     def matrix(self, leaf: jax.Array) -> jax.Array:
         """Arranges an array like the kernel as (stack, in, out)."""
@@ -126,21 +148,32 @@ class Multiplied(Use):
     def arrange(
         self, activations: jax.Array, cotangents: jax.Array, max_positions: int | None
     ) -> tuple[jax.Array, ...]:
+        return self._inputs(activations, max_positions), self.outputs(cotangents)
+
+    def _inputs(self, activations: jax.Array, max_positions: int | None) -> jax.Array:
         product = self.place
         if product.is_convolution:
-            inputs = self._unscanned(functools.partial(patches, product, max_positions), activations)
-            return inputs, self._unscanned(functools.partial(convolution_outputs, product), cotangents)
+            return self._unscanned(functools.partial(patches, product, max_positions), activations)
         inputs = self._unscanned(functools.partial(dense_inputs, product), activations)
+        return inputs[..., self._part_of(product.parameter_axes()[1])]
+
+    def outputs(self, cotangents: jax.Array) -> jax.Array:
+        """Arranges this part of the cotangents as (stack, rows, out)."""
+        product = self.place
+        if product.is_convolution:
+            return self._unscanned(functools.partial(convolution_outputs, product), cotangents)
         outputs = self._unscanned(functools.partial(dense_outputs, product), cotangents)
-        if product.axis is None:
-            return inputs, outputs
+        return outputs[..., self._part_of(product.parameter_axes()[2])]
+
+    def _part_of(self, axes: list[int]) -> slice:
+        """Returns where this kernel's part is along axes of the operand that become one; all, if it is not joined."""
+        product = self.place
+        if product.axis is None or product.axis not in axes:
+            return slice(None)
         breadth = product.shape[product.axis]
         sizes = [view.size * breadth // math.prod(product.shape) for view in product.views]
         start = sum(sizes[: self.part])
-        mine = slice(start, start + sizes[self.part])
-        if product.axis in product.parameter_axes()[1]:
-            return inputs[..., mine], outputs
-        return inputs, outputs[..., mine]
+        return slice(start, start + sizes[self.part])
 
     def gradient(self, like: jax.ShapeDtypeStruct, *arrays: jax.Array) -> jax.Array:
         matrix = jnp.einsum("bpi,bpo->bio", *arrays, precision="highest")
@@ -149,7 +182,7 @@ class Multiplied(Use):
 
 @dataclasses.dataclass(frozen=True)
 class Added(Use):
-    """A bias of a product whose kernel it does not join."""
+    """The bias of a product, where it forms no layer with the kernel."""
 
     kernel: Multiplied
 
@@ -160,7 +193,7 @@ class Added(Use):
     def arrange(
         self, activations: jax.Array, cotangents: jax.Array, max_positions: int | None
     ) -> tuple[jax.Array, ...]:
-        return self.kernel.arrange(activations, cotangents, max_positions)[1:]
+        return (self.kernel.outputs(cotangents),)
 
     def gradient(self, like: jax.ShapeDtypeStruct, *arrays: jax.Array) -> jax.Array:
         return jnp.sum(arrays[0], axis=1).reshape(like.shape)
@@ -168,7 +201,7 @@ class Added(Use):
 
 @dataclasses.dataclass(frozen=True)
 class Repeated(Use):
-    """A parameter repeated along activations, perhaps after operations on its entries."""
+    """A parameter, or a function of each of its entries, that is broadcast to the activations."""
 
     place: Spread
 
@@ -203,10 +236,10 @@ class LookedUp(Use):
         return self._scattered(like, arrays[0][..., 0], arrays[1])
 
     def mean_square(self, like: jax.ShapeDtypeStruct, indices: jax.Array, gradients: jax.Array) -> jax.Array:
-        """Returns the mean of squares over examples, without an array like the parameter for each of them."""
+        """Returns the mean over examples of the squared gradient, without holding a whole gradient for each example."""
 
         def summed(indices: jax.Array, gradients: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """An index that comes several times in an example counts once, with the sum of its gradients."""
+            """Sums the gradients of an index that occurs several times in an example."""
             distinct, places = jnp.unique(indices, size=indices.size, return_inverse=True)
             return distinct, jnp.zeros_like(gradients).at[places].add(gradients)
 
@@ -216,7 +249,7 @@ class LookedUp(Use):
         return self._scattered(like, indices.reshape(len(indices), -1), flat**2) / num_examples
 
     def _scattered(self, like: jax.ShapeDtypeStruct, indices: jax.Array, rows: jax.Array) -> jax.Array:
-        """Adds up rows (stack, positions, size) in an array like the parameter."""
+        """Adds rows (stack, positions, size) up into an array of the parameter's shape."""
 
         def arrange(leaf: jax.Array) -> jax.Array:
             return self.view(leaf).reshape(len(indices), -1, rows.shape[-1])
@@ -229,13 +262,13 @@ class LookedUp(Use):
 
 
 def _unarranged(arrange: Callable[[jax.Array], jax.Array], like: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
-    """Undoes what moves every entry to one place: its transpose is its inverse."""
+    """Undoes a rearrangement: as it moves every entry to a place of its own, its transpose is its inverse."""
     _, pull_back = jax.vjp(arrange, zeros(like.shape, like.dtype, mesh_axes(array)))
     return pull_back(array)[0]
 
 
-def mean_square(uses: list[Use], arrays: list[list[Any]], leaf: jax.Array) -> jax.Array:
-    """Returns the mean of the squares of each example's gradient by a parameter, from arrays `by_example`."""
+def mean_square(uses: Sequence[Use], arrays: Sequence[Sequence[jax.Array]], leaf: jax.Array) -> jax.Array:
+    """Returns the mean over examples of the squared gradient by a parameter, from arrays `by_example` of its uses."""
     dtype = wide_dtype([several[-1] for several in arrays])
     cast = lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array  # noqa: E731
     arrays = jax.tree.map(cast, arrays)

@@ -10,12 +10,12 @@ from optcurv.arguments import PyTree
 
 
 def recomputed_batch_stats(update_fn: Callable[[PyTree], PyTree], statistics: PyTree) -> PyTree:
-    r"""The running statistics at which a training step leaves them as they are.
+    r"""Returns the running statistics that a training step would leave unchanged.
 
     BatchNorm's running averages belong to the parameters they were taken at; between networks there are none. In a
     `value_fn` this recomputes them from given data at each point. One step maps each running average s to
-    :math:`m s + (1 - m)\, b`, with the data's own statistic b and a momentum m < 1; b is what is returned, without
-    having to know m.
+    :math:`m s + (1 - m)\, b`, with the data's own statistic b and a momentum m < 1; this returns b, without
+    needing to know m.
 
     Args:
       update_fn: maps running statistics to those after one training step on the given data.

@@ -1,19 +1,19 @@
-"""How much two networks differ, by what they say and by the loss between them."""
+"""How much two networks differ, by their outputs and by the loss between them."""
 
 import jax
 import jax.numpy as jnp
 
 
 def functional_distance(outputs_a: jax.typing.ArrayLike, outputs_b: jax.typing.ArrayLike) -> jax.Array:
-    r"""The root mean square distance between what two networks say of the same examples.
+    r"""The root mean square distance between the outputs of two networks on the same examples.
 
     .. math:: \sqrt{\frac{1}{n} \sum_{i=1}^{n} \|F(x_i, \theta_a) - F(x_i, \theta_b)\|^2}
 
-    (section 4.1 of "An empirical analysis of the optimization of deep network loss surfaces", where F is what the
-    network puts out.)
+    (section 4.1 of "An empirical analysis of the optimization of deep network loss surfaces", where F is the
+    network's output.)
 
     Args:
-      outputs_a: of one network, of shape (n, ...), such as probabilities of classes.
+      outputs_a: of one network, of shape (n, ...), such as class probabilities.
       outputs_b: of the other, likewise.
 
     Returns:
@@ -64,8 +64,8 @@ def basin_width(distances: jax.typing.ArrayLike, losses: jax.typing.ArrayLike, t
     """The length of the interval around a line's least loss on which the loss stays below a threshold.
 
     The basins of Figs. 5 and 6 of "An empirical analysis of the optimization of deep network loss surfaces" as a
-    number. Where the loss crosses the threshold is interpolated linearly; where it does not before the line ends, the
-    interval ends there.
+    number. Crossings of the threshold are interpolated linearly; where there is none before the line ends, the interval
+    ends there.
 
     Args:
       distances: of shape (n,), ascending: coefficients for the relative size, `absolute_line`'s for the absolute one.

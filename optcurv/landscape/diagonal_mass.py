@@ -1,7 +1,7 @@
 """How much of a symmetric operator its diagonal holds, and what chance would give."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from optcurv.arguments import (
     check_count,
     check_number,
     key_or_default,
+    layout,
     vector_space,
 )
 from optcurv.curvature import MatVec
@@ -57,16 +58,16 @@ def diagonal_mass(
 
     Args:
       matvec: the product :math:`v \mapsto A v` with a symmetric A, such as `optcurv.hessian_product(loss, params)`; it
-        must map under `jax.vmap` and return the structure of its argument.
+        must work under `jax.vmap` and return the structure of its argument.
       params: any pytree of real arrays, d numbers in all; only structure, shapes and dtypes matter.
-      num_probes: columns to draw, from 2 to d; default None, all of up to 20 000 and 1 000 of more.
+      num_probes: columns to draw, from 2 to d; default None: all if there are up to 20 000, otherwise 1 000.
       key: for the draw, a key of `jax.random`; default `jax.random.key(0)`. Not used where all columns are measured.
 
     Returns:
-      A `DiagonalMass`: `mass` and `standard_error`, both without unit; not a number where A is zero or not finite.
+      A `DiagonalMass`: `mass` and `standard_error`, both without unit; NaN where A is zero or not finite.
 
     Raises:
-      TypeError: if `matvec` is no function, `num_probes` is not a Python int, or `params` are complex.
+      TypeError: if `matvec` is not a function, `num_probes` is not a Python int, or `params` are complex.
       ValueError: if `num_probes` is out of range, `params` hold no number, or `matvec` returns another structure.
 
     Example:
@@ -89,7 +90,7 @@ def diagonal_mass(
     def measure(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         basis = _unit_vector(params, index)
         column = matvec(basis)
-        if _layout(column) != _layout(basis):
+        if layout(column) != layout(basis):
             raise ValueError("matvec must return a pytree of the structure and shapes of params.")
         absolute = jax.tree.map(jnp.abs, at_least_float32(column))
         return _sum(jax.tree.map(jnp.multiply, basis, absolute)), _sum(absolute)
@@ -126,10 +127,6 @@ def _unit_vector(like: PyTree, index: jax.Array) -> PyTree:
     return jax.tree.unflatten(structure, units)
 
 
-def _layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-
-
 def _sum(tree: PyTree) -> jax.Array:
     return jnp.asarray(sum(leaf.sum() for leaf in jax.tree.leaves(tree)))
 
@@ -156,7 +153,7 @@ def wigner_diagonal_mass(
       The mass, in (0, 1].
 
     Raises:
-      TypeError: if `dimension` is not a Python int, or a magnitude no number.
+      TypeError: if `dimension` is not a Python int, or a magnitude is not a number.
       ValueError: if one is out of range.
 
     Example:

@@ -1,6 +1,5 @@
 """Directions in the space of parameters, and where points lie along them."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import chex
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optcurv.arguments import PyTree
+from optcurv.arguments import PyTree, by_path, difference
 from optcurv.kronecker.layers import Layers
 
 
@@ -16,27 +15,27 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
     r"""Draws a direction whose filters are as long as the parameters'.
 
     Each filter, all weights that lead to one output, is Gaussian noise scaled to the norm of that filter of `params`
-    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales stay where they are. So slices
-    of networks whose layers could be rescaled without changing their outputs can be compared.
+    (Li et al. 2018, "Visualizing the loss landscape of neural nets"); biases and scales get zeros. Slices can
+    then be compared between networks whose layers could be rescaled without changing their outputs.
 
     Args:
       key: of `jax.random`.
       params: parameters, any pytree of real arrays.
       layers: `optcurv.layers(loss, params)`, which knows the outputs of each kernel: needed for kernels with the
         outputs first (equinox, PyTorch), with several axes of outputs (attention), or stacked (`nn.scan`). Parameters
-        in no layer stay where they are. Default: the last axis of each array of two axes or more is the outputs'.
+        in no layer get zeros. Default: the last axis of each array of two or more axes is taken for the outputs'.
 
     Returns:
       A pytree like `params`.
 
     Raises:
-      TypeError: if `layers` is something else.
+      TypeError: if `layers` is anything else.
 
     Example:
       >>> import jax, jax.numpy as jnp, optcurv
       >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
       >>> direction = optcurv.random_direction(jax.random.key(0), params)
-      >>> print(jnp.linalg.norm(direction["kernel"], axis=0), direction["bias"])
+      >>> print(jnp.linalg.norm(direction["kernel"], axis=0).round(4), direction["bias"])
       [5. 2.] [0. 0.]
       >>> loss = lambda p: jnp.sum(jnp.ones((3, 2)) @ p["kernel"].T + p["bias"])  # outputs first
       >>> direction = optcurv.random_direction(jax.random.key(0), params, layers=optcurv.layers(loss, params))
@@ -45,30 +44,28 @@ def random_direction(key: chex.PRNGKey, params: PyTree, *, layers: Layers | None
     """
     if layers is not None and not isinstance(layers, Layers):
         raise TypeError(f"layers must be what optcurv.layers(loss, params) returns, got {type(layers).__name__}.")
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
+    leaves = by_path(params)
+    keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
 
-    def draw(key: chex.PRNGKey, kernel: jax.Array) -> jax.Array:
+    def draw(path: str, kernel: jax.Array) -> jax.Array:
         """Of a kernel arranged as (stack, in, out)."""
-        noise = jax.random.normal(key, kernel.shape, kernel.dtype)
+        noise = jax.random.normal(keys[path], kernel.shape, kernel.dtype)
         return noise * (jnp.linalg.norm(kernel, axis=1, keepdims=True) / jnp.linalg.norm(noise, axis=1, keepdims=True))
 
-    drawn = [jnp.zeros_like(leaf) for leaf in leaves]
+    drawn = optax.tree.zeros_like(leaves)
     if layers is None:
-        for place, leaf in enumerate(leaves):
+        for path, leaf in leaves.items():
             if leaf.ndim > 1:
-                drawn[place] = draw(keys[place], leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
+                drawn[path] = draw(path, leaf.reshape(1, -1, leaf.shape[-1])).reshape(leaf.shape)
     else:
         for layer in layers.found:
             kernel, *bias = layer.parts(leaves)
-            parts = draw(keys[layer.kernel], kernel), *map(jnp.zeros_like, bias)
-            for place, leaf in layer.leaves(parts, leaves).items():
-                drawn[place] = leaf
-    return jax.tree.unflatten(structure, drawn)
+            drawn |= layer.leaves((draw(layer.path, kernel), *map(jnp.zeros_like, bias)), leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), [drawn[path] for path in leaves])
 
 
 def plane_coordinates(center: PyTree, directions: Sequence[PyTree], points: Iterable[PyTree]) -> jax.Array:
-    r"""Projects points onto a plane, such as where an optimiser came by.
+    r"""Projects points onto a plane, such as those that an optimiser passed through.
 
     .. math:: \arg\min_{x, y} \|\theta + x\, d_1 + y\, d_2 - p\|
 
@@ -109,14 +106,7 @@ def check_two(directions: Sequence[PyTree]) -> None:
 
 def check_same_layout(trees: Sequence[PyTree]) -> None:
     """Raises unless trees have the same structure and shapes."""
-    first, *others = (_layout(tree) for tree in trees)
+    first, *others = trees
     for other in others:
-        if first != other:
-            unlike = next(pair for pair in itertools.zip_longest(first, other) if pair[0] != pair[1])
-            raise ValueError(f"All points must have the same structure and shapes; {unlike[0]} is not {unlike[1]}.")
-
-
-def _layout(tree: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
+        if problem := difference("another", other, "the first", first):
+            raise ValueError(f"All points must have the same structure and shapes, but {problem}.")

@@ -1,4 +1,4 @@
-"""Slices of the loss surface. Functions return arrays; they never draw."""
+"""Slices of the loss surface. The functions return arrays and never draw."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -36,16 +36,16 @@ def line(
       start: parameters, any pytree; α = 0.
       end: parameters of the same structure and shapes; α = 1.
       coefficients: α, of shape (n,); values outside of [0, 1] lie beyond the ends.
-      batches: of a data set too large for one; values are averaged, each batch in proportion to the leading axis of its
+      batches: a data set too large for one batch; values are averaged, each batch weighted by the leading axis of its
         first array. For a progress bar wrap them: `rich.progress.track(batches)`.
       num_at_once: points evaluated together, default 1: more is faster where one does not fill the device.
 
     Returns:
-      What `value_fn` returns, with n entries along a new first axis; NaN where it was not finite stays in it.
+      What `value_fn` returns, with n entries along a new first axis; values that are not finite are kept.
 
     Raises:
       ValueError: if the points differ in structure or shapes, or there is no coefficient or no batch.
-      TypeError: if `value_fn` is no function.
+      TypeError: if `value_fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -87,7 +87,7 @@ def absolute_line(
 
     Raises:
       ValueError: as `optcurv.line`, and if the points are the same.
-      TypeError: if `value_fn` is no function.
+      TypeError: if `value_fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -133,7 +133,7 @@ def bilinear(
 
     Raises:
       ValueError: as `optcurv.line`, and if there are not four vertices.
-      TypeError: if `value_fn` is no function.
+      TypeError: if `value_fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -177,7 +177,7 @@ def barycentric(
 
     Raises:
       ValueError: as `optcurv.line`, and if there are not three vertices.
-      TypeError: if `value_fn` is no function.
+      TypeError: if `value_fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -207,8 +207,8 @@ def plane(
     Args:
       value_fn: as for `optcurv.line`.
       center: θ, parameters, any pytree.
-      directions: d₁ and d₂, of the structure and shapes of `center`, such as two `optcurv.random_direction`s or leading
-        eigenvectors.
+      directions: d₁ and d₂, of the structure and shapes of `center`, such as two from `optcurv.random_direction`, or
+        leading eigenvectors.
       xs: x, of shape (n,).
       ys: y, of shape (m,).
       batches: as for `optcurv.line`.
@@ -219,7 +219,7 @@ def plane(
 
     Raises:
       ValueError: as `optcurv.line`, and if there are not two directions.
-      TypeError: if `value_fn` is no function.
+      TypeError: if `value_fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optcurv
@@ -238,7 +238,7 @@ def plane(
 def _evaluate(
     value_fn: SliceFn, trees: Sequence[PyTree], weights: jax.Array, batches: Iterable[PyTree] | None, num_at_once: int
 ) -> PyTree:
-    """Evaluates at the sums of the trees that each row of weights, along the last axis, gives."""
+    """Evaluates at weighted sums of the trees; the weights of each sum lie along the last axis."""
     if not callable(value_fn):
         raise TypeError(f"value_fn must be a function of params, got {type(value_fn).__name__}.")
     check_count("num_at_once", num_at_once)
@@ -272,7 +272,7 @@ def _weighted_sum(weights: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
 
 
 def _average(results: Iterable[tuple[PyTree, int]]) -> PyTree:
-    """Averages pytrees in proportion to the numbers that stand with them."""
+    """Averages pytrees, weighted by the numbers paired with them."""
     results = iter(results)
     try:
         total, count = next(results)

@@ -19,7 +19,7 @@ class Eigenpairs(NamedTuple):
     Attributes:
       values: :math:`\lambda_i`, of shape (k,), the largest in absolute value first.
       vectors: of norm 1, a pytree like the parameters with a new first axis of k.
-      residuals: :math:`\|A v_i - \lambda_i v_i\|`, of shape (k,): an eigenvalue of A is no farther than this.
+      residuals: :math:`\|A v_i - \lambda_i v_i\|`, of shape (k,): an eigenvalue of A lies within this distance.
     """
 
     values: jax.Array
@@ -51,7 +51,7 @@ class SpectralDensity(NamedTuple):
     weights: jax.Array
 
     def smoothed(self, values: jax.typing.ArrayLike, width: chex.Numeric) -> jax.Array:
-        r"""Returns the density at some values, each point spread to a normal distribution.
+        r"""Returns the density at some values, each point spread into a normal distribution.
 
         Args:
           values: λ, of any shape.
@@ -72,8 +72,7 @@ def leading_eigenpairs(
 
     Lanczos' method from a random vector, with every new vector orthogonalised against all before; the eigenpairs of
     the tridiagonal matrix :math:`Q^\top A Q` are those of A up to the residuals, which are computed from products of
-    their own. Of an eigenvalue that A has several times one pair is found; where fewer than k pairs are, the others are
-    not a number.
+    their own. A repeated eigenvalue of A yields one pair; where fewer than k pairs are found, the others are NaN.
 
     Args:
       matvec: the product :math:`v \mapsto A v` with a symmetric A, such as `optcurv.hessian_product(loss, params)` or
@@ -82,7 +81,7 @@ def leading_eigenpairs(
       num_pairs: k, from 1 to d.
       num_steps: products, and vectors like the parameters held; from k to d, by default 4 k + 20, at most d. More
         make the residuals smaller.
-      key: of the random vector, a key of `jax.random`; default `jax.random.key(0)`.
+      key: for the random vector, a key of `jax.random`; default `jax.random.key(0)`.
 
     Returns:
       The pairs, in at least float32.
@@ -137,7 +136,7 @@ def hutchinson_trace(
       matvec: the product :math:`v \mapsto A v`, such as `optcurv.hessian_product(loss, params)`.
       params: any pytree of real arrays; only structure, shapes and dtypes matter.
       num_probes: n, products, at least 2.
-      key: of the probes, a key of `jax.random`; default `jax.random.key(0)`.
+      key: for the probes, a key of `jax.random`; default `jax.random.key(0)`.
 
     Returns:
       A scalar estimate.
@@ -170,7 +169,7 @@ def hutchinson_diagonal(
       matvec: the product :math:`v \mapsto A v`, such as `optcurv.hessian_product(loss, params)`.
       params: any pytree of real arrays; only structure, shapes and dtypes matter.
       num_probes: n, products, at least 2.
-      key: of the probes, a key of `jax.random`; default `jax.random.key(0)`.
+      key: for the probes, a key of `jax.random`; default `jax.random.key(0)`.
 
     Returns:
       An estimate for each parameter, as pytrees like `params`.
@@ -206,7 +205,7 @@ def spectral_density(
       params: any pytree of real arrays, d numbers in all; only structure, shapes and dtypes matter.
       num_steps: m, products of a probe, and vectors like the parameters held; at most d.
       num_probes: n.
-      key: of the probes, a key of `jax.random`; default `jax.random.key(0)`.
+      key: for the probes, a key of `jax.random`; default `jax.random.key(0)`.
 
     Returns:
       The density as points with weights; `smoothed` makes a curve of it.

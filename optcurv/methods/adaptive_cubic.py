@@ -13,7 +13,7 @@ from optcurv.arguments import (
 )
 from optcurv.curvature import ProductFn, hessian_product
 from optcurv.methods.norms import Norm, rmsprop_norm
-from optcurv.methods.regularized_newton import check_order, check_regularization, regularized_newton
+from optcurv.methods.regularized_newton import RegularizedNewton, check_order, check_regularization
 from optcurv.methods.subproblems import cubic_lanczos
 
 
@@ -56,7 +56,7 @@ def adaptive_cubic(
 
     Args:
       norm: M, as in `optcurv.trust_region`.
-      max_iter: products, and dimension of the Krylov space, at least 2.
+      max_iter: the number of products, and the dimension of the Krylov space, at least 2.
       curvature: B, as in `optcurv.trust_region`.
       initial_weight: σ₀ > 0.
       min_weight: σ_min > 0, a number or a schedule.
@@ -65,7 +65,7 @@ def adaptive_cubic(
       shrink_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₂ > 1, likewise.
       shrinkage: γ₁ > 1, likewise.
-      seed: of the random vectors that the Krylov space starts from.
+      seed: for the random vectors that the Krylov space starts from.
 
     Returns:
       The optimiser.
@@ -107,6 +107,6 @@ def adaptive_cubic(
         return jnp.where(accepted, kept, grown)
 
     solver = cubic_lanczos(max_iter)
-    return regularized_newton(
+    return RegularizedNewton(
         "adaptive_cubic", AdaptiveCubicInfo, norm, solver, curvature, initial_weight, accept_ratio, resize, seed
-    )
+    ).transformation()

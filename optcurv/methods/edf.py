@@ -31,7 +31,7 @@ class EdfInfo(NamedTuple):
       iterations: Krylov steps that changed the direction.
       cosine: of the angle between the direction and the gradient handed in; negative for an ascent direction, which an
         indefinite Hessian can give.
-      negative_curvature: whether the damped matrix has been found to be indefinite. With Gauss-Newton products the loss
+      negative_curvature: whether the damped matrix was found to be indefinite. With Gauss-Newton products the loss
         is then not convex in the model's outputs.
       breakdown: whether rounding turned the direction uphill although no negative curvature was met; the direction of
         one Krylov step then takes its place.
@@ -145,9 +145,7 @@ def scale_by_edf(
         direction = optax.tree.cast_like(direction, updates)
         direction_norm = optax.tree.norm(at_least_float32(direction))
         found = (direction_norm > 0) | (norm == 0)
-        finite = (
-            jnp.isfinite(0.0 if value is None else value) & jnp.isfinite(norm) & jnp.isfinite(direction_norm) & found
-        )
+        finite = jnp.isfinite(norm + direction_norm + (0.0 if value is None else value)) & found
         norms = norm * direction_norm
         cosine = jnp.where(breakdown, 1.0, slope / jnp.where(norms == 0, 1.0, norms))
         info = EdfInfo(
@@ -174,7 +172,7 @@ class ScaleByNesterovFlowState(NamedTuple):
 
 
 def scale_by_nesterov_flow(alpha: float = 3.0) -> optax.GradientTransformationExtraArgs:
-    r"""Accelerates steps by a friction that fades as α/t; keeps the sign it is given, and follows the learning rate.
+    r"""Accelerates steps by a friction that fades as α/t; keeps the sign it is given; put it after the learning rate.
 
     The W2 scheme of EDF: Eq. 25 with :math:`\kappa = \alpha / t`, discretised as by Su, Boyd and Candès (2014). With
     the incoming step :math:`u_n = -\eta v(y_{n-1})`,

@@ -16,8 +16,8 @@ from optcurv.krylov import Metric
 class Norm(NamedTuple):
     r"""A positive definite matrix M that follows the gradients; it measures steps by :math:`\sqrt{s^\top M s}`.
 
-    Like an optax transformation it is a tuple of pure functions, and any three that fit may be given. Vectors have the
-    structure of the parameters and at least float32; M must stay positive definite.
+    Like an optax transformation it is a tuple of pure functions, and you may give any three of your own. Vectors have
+    the structure of the parameters and at least float32; M must stay positive definite.
 
     Attributes:
       init: maps params to the norm's state, a pytree of arrays.
@@ -123,7 +123,7 @@ def _diagonal_norm(average: Callable[[jax.Array, jax.Array], jax.Array], eps: fl
         return jax.tree.map(lambda v, x: (v + eps) ** exponent * x, v, vector)
 
     def bounded(v: jax.Array, gradient: jax.Array) -> jax.Array:
-        """An overflow of the square would shut a coordinate for good."""
+        """If the square overflowed, the coordinate would never move again."""
         return jnp.minimum(average(v, gradient), jnp.finfo(v.dtype).max)
 
     return Norm(
@@ -134,7 +134,7 @@ def _diagonal_norm(average: Callable[[jax.Array, jax.Array], jax.Array], eps: fl
 
 
 class FullMatrixState(NamedTuple):
-    """State of `full_matrix_norm`: the sum or average of outer products, and M and its inverse made of it."""
+    """State of `full_matrix_norm`: the sum or average of outer products, and M and its inverse computed from it."""
 
     second_moment: jax.Array
     matrix: jax.Array
@@ -148,8 +148,8 @@ def full_matrix_norm(
 
     :math:`G = \sum_t g_t g_t^\top` (Adagrad, Eq. 2 of "Adaptive norms for deep learning with regularized Newton
     methods"), or with `decay` :math:`G \leftarrow \beta G + (1 - \beta) g g^\top` (RMSProp, Eq. 3). An update
-    decomposes a d×d matrix, in time d³, and the state holds three of them. Eigenvalues of G below d times the dtype's
-    resolution of the largest are raised to it: in float32 they are rounding, which a small ε would amplify.
+    decomposes a d×d matrix, in time d³, and the state holds three of them. Eigenvalues of G below the largest
+    times d times the dtype's precision are raised to that bound: they are rounding, which a small ε would amplify.
 
     Args:
       decay: β in [0, 1]; None (default) sums without forgetting.

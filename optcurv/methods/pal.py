@@ -28,9 +28,9 @@ class PalInfo(NamedTuple):
       step: the distance moved, in units of the parameters.
       case: 1 the parabola's minimum, 2 a measuring step downhill, 3 no step, 0 something was not finite (no step).
       clipped: whether the step was longer before it was clipped to `max_step`.
-      noise: whether the curvature drowned in rounding and was not used: the losses (or slopes) at 0 and μ differ from
-        those of a straight line by no more than 20 units in the last place of both. A loss that rounds more coarsely
-        than its size says, as optax's cross-entropy does near 0, is noisy unseen.
+      noise: whether the curvature was lost in rounding and was not used: the losses (or slopes) at 0 and μ differ from
+        those of a straight line by no more than 20 units in the last place of both. This does not see the noise of
+        a loss that rounds more coarsely than its size suggests, as optax's cross-entropy does near 0.
     """
 
     slope: jax.Array
@@ -63,7 +63,7 @@ def scale_by_parabolic_linesearch(
     exact_slope: bool = True,
     measure_slope: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gives the signed step it is handed the length at which a parabola along it is least.
+    r"""Scales the signed step it is given to the minimum of a parabola along it.
 
     Along :math:`d = u / \|u\|`, with :math:`l(s) = L(w + s d)`, one value at the measuring step μ gives
 
@@ -72,19 +72,19 @@ def scale_by_parabolic_linesearch(
 
     clipped to `max_step` last (Eqs. 4, 5 and 9 and section 2.3 of "PAL: A fast DNN optimization method based on
     curvature information"). Only the direction of the incoming step matters, not its length, so that any optimiser may
-    stand before it, after its sign flip: `optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch())`. One
-    with averages of its own keeps what is not finite in them, unless wrapped in `optax.apply_if_finite`.
+    precede it: `optax.chain(optax.adam(1.0), optcurv.scale_by_parabolic_linesearch())`. An optimiser with averages of
+    its own keeps values that are not finite in them, unless it is wrapped in `optax.apply_if_finite`.
 
     Where rounding would decide, and nowhere else, two things differ from the paper. The parabola goes through the point
-    that :math:`w + \mu d` is rounded to, at its real displacement δ: :math:`\mu = \|\delta\|` and
+    that :math:`w + \mu d` is rounded to, at its actual displacement δ: :math:`\mu = \|\delta\|` and
     :math:`l' = \nabla L \cdot \delta / \mu`. And a μ at which :math:`l''` would be rounding noise is raised, though not
     beyond `max_step`: to the resolution of the parameters, :math:`\varepsilon \|w\|`, and to where the last step's
-    :math:`l''` stands out from noise twelve times, :math:`\mu \approx \sqrt{1000\, \varepsilon\, l(0) / |l''|}`.
-    An :math:`l''` that is noise all the same counts as 0. Late in training this needs a loss that is precise relative
-    to itself, such as `optcurv.softmax_cross_entropy_with_integer_labels`.
+    :math:`l''` is twelve times the noise, :math:`\mu \approx \sqrt{1000\, \varepsilon\, l(0) / |l''|}`.
+    An :math:`l''` that is still noise counts as 0. Late in training this needs a loss whose relative precision is good,
+    such as `optcurv.softmax_cross_entropy_with_integer_labels`.
 
     The update takes the extra arguments `value_fn` (required), `value` and `grad`, the loss and its gradient at params.
-    With both given, one forward pass is all the search costs; what is missing it evaluates. Wherever the loss, the
+    With both given, one forward pass is all the search costs; what is missing is evaluated. Wherever the loss, the
     slope or the step is not finite, the update is zero.
 
     Args:
@@ -94,8 +94,8 @@ def scale_by_parabolic_linesearch(
       exact_slope: take :math:`l' = \nabla L \cdot d`, which costs one inner product (default); if False, the
         published approximation :math:`l' = -\|u\|`, right only where the incoming step is the negative gradient.
       measure_slope: measure the slope at μ in place of the loss, :math:`l'' = \lambda (l'(\mu) - l'(0)) / \mu`, by
-        one Jacobian-vector product. That bears a hundred times shorter μ, and values that are coarse near 0, but costs
-        another gradient, as weights and activations both vary, where the loss costs a third: 2 in place of 4/3.
+        one Jacobian-vector product. That allows a μ a hundred times shorter, and losses that are coarse near 0, but a
+        step costs 2 gradients in place of 4/3, because weights and activations both vary.
 
     Returns:
       The transformation.
@@ -103,7 +103,7 @@ def scale_by_parabolic_linesearch(
     Raises:
       ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
         does not fit them.
-      TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
+      TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optcurv
@@ -123,14 +123,7 @@ def scale_by_parabolic_linesearch(
     for name, option in (("exact_slope", exact_slope), ("measure_slope", measure_slope)):
         if not isinstance(option, bool):
             raise TypeError(f"{name} must be True or False, got {option!r}.")
-
     measure = _measure_slope if measure_slope else _measure_value
-
-    def init(params: PyTree) -> ScaleByParabolicLinesearchState:
-        del params
-        zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
-        info = PalInfo(zero, zero, zero, case=jnp.zeros((), jnp.int32), clipped=no, noise=no)
-        return ScaleByParabolicLinesearchState(count=jnp.zeros((), jnp.int32), shortest=zero, info=info)
 
     def update(
         updates: PyTree,
@@ -164,9 +157,8 @@ def scale_by_parabolic_linesearch(
         curvature, noise = factor * second / distance / distance, ~(clarity > 1)
         shortest = mu * jnp.minimum(jnp.sqrt(12 / clarity), 10)
         finite = jnp.isfinite(norm) & jnp.isfinite(slope) & jnp.isfinite(value_there) & jnp.isfinite(curvature)
-        step, case = _step_and_case(slope, jnp.where(noise, 0.0, curvature), given)
-        clipped = finite & (step > longest)
-        step, case = jnp.where(finite, jnp.minimum(step, longest), 0.0), jnp.where(finite, case, 0)
+        step, case = _step_and_case(finite, slope, jnp.where(noise, 0.0, curvature), given)
+        clipped, step = step > longest, jnp.minimum(step, longest)
         info = PalInfo(*map(jnp.float32, (slope, curvature, step)), case=jnp.int32(case), clipped=clipped, noise=noise)
         scaled = optax.tree.where(step > 0, optax.tree.scale(step, direction), optax.tree.zeros_like(direction))
         new_state = ScaleByParabolicLinesearchState(
@@ -176,7 +168,14 @@ def scale_by_parabolic_linesearch(
         )
         return optax.tree.cast_like(scaled, updates), new_state
 
-    return checked("scale_by_parabolic_linesearch", init, update)
+    return checked("scale_by_parabolic_linesearch", _init, update)
+
+
+def _init(params: PyTree) -> ScaleByParabolicLinesearchState:
+    del params
+    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    info = PalInfo(zero, zero, zero, case=jnp.zeros((), jnp.int32), clipped=no, noise=no)
+    return ScaleByParabolicLinesearchState(count=jnp.zeros((), jnp.int32), shortest=zero, info=info)
 
 
 def _direction_and_norm(updates: PyTree) -> tuple[PyTree, jax.Array]:
@@ -190,10 +189,10 @@ def _direction_and_norm(updates: PyTree) -> tuple[PyTree, jax.Array]:
 def _trial_point(
     params: PyTree, mu_d: PyTree, gradient: PyTree, slope: jax.Array
 ) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array]:
-    """Returns w + μd as it is rounded, the way there, the loss's first-order change and the distance; and the slope.
+    """Returns w + μd as it is rounded, the displacement, the loss's first-order change, the distance, and the slope.
 
-    The barriers let one vector at a time lie in memory beside the gradient: the slope's direction, the way, the trial
-    point. XLA would hold all three.
+    The barriers let one vector at a time lie in memory beside the gradient: the slope's direction, the displacement,
+    the trial point. XLA would hold all three.
     """
     slope, here = jax.lax.optimization_barrier((slope, params))
     moved = optax.tree.sub(at_least_float32(rounded_sum(here, mu_d)), at_least_float32(here))
@@ -203,7 +202,7 @@ def _trial_point(
 
 
 def rounded_sum(params: PyTree, updates: PyTree) -> PyTree:
-    """Adds and rounds to the parameters' dtypes, which XLA leaves out where the sum goes on in a wider one."""
+    """Adds and rounds to the parameters' dtypes; XLA skips the rounding where the sum is used in a wider one."""
 
     def rounded(leaf: jax.Array) -> jax.Array:
         dtype = jnp.finfo(leaf.dtype)
@@ -247,7 +246,7 @@ def parabola_curvature(
 def _measure_value(
     loss: Callable[[PyTree], jax.Array], value: jax.Array, change: jax.Array, trial: PyTree, moved: PyTree
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the loss at the trial point, l'' times the squared way there, and how clearly that stands out."""
+    """Returns the loss at the trial point, l'' times the squared distance, and how clearly that stands out."""
     del moved
     value_there = loss(trial)
     second = jnp.asarray(parabola_curvature(at_least_float32(value), change, 1.0, at_least_float32(value_there)))
@@ -270,12 +269,15 @@ def _clarity(difference: jax.Array, here: jax.Array, there: jax.Array) -> jax.Ar
     return jnp.abs(difference) / (20 * jnp.finfo(there.dtype).eps * size)
 
 
-def _step_and_case(slope: jax.Array, curvature: jax.Array, measuring_step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The three cases of section 2.3."""
+def _step_and_case(
+    finite: jax.Array, slope: jax.Array, curvature: jax.Array, measuring_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The three cases of section 2.3, and no step where something is not finite."""
     convex, downhill = curvature > 0, slope < 0
     minimum = -slope / jnp.where(convex, curvature, 1.0)
     step = jnp.where(downhill, jnp.where(convex, minimum, measuring_step), 0.0)
-    return step, jnp.where(downhill, jnp.where(convex, 1, 2), 3)
+    case = jnp.where(downhill, jnp.where(convex, 1, 2), 3)
+    return jnp.where(finite, step, 0.0), jnp.where(finite, case, 0)
 
 
 def _momentum(decay: float) -> optax.GradientTransformation:
@@ -305,7 +307,7 @@ def pal(
     exact_slope: bool = True,
     measure_slope: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The PAL optimiser, Algorithm 1 of its paper whole; emits the final signed step.
+    r"""The complete PAL optimiser, Algorithm 1 of its paper; emits the final signed step.
 
     Moves along :math:`-g_t`, :math:`g_t = \alpha g_{t-1} + \nabla L`, to the minimum of a parabola; see
     `optcurv.scale_by_parabolic_linesearch` for the step and for the extra arguments of the update. μ and the longest
@@ -320,7 +322,7 @@ def pal(
       curvature_factor: λ > 0, published 0.4 to 0.6, a number or a schedule.
       max_step: the longest step, > 0, published 0.1 to 1, a number or a schedule.
       decay: d in (0, 1], published 0.85 to 0.95 an epoch; default 1, no decay.
-      decay_steps: steps in which μ and the longest step shrink by `decay`, ≥ 1; say an epoch's.
+      decay_steps: steps in which μ and the longest step shrink by `decay`, ≥ 1; for example those of an epoch.
       exact_slope: see `optcurv.scale_by_parabolic_linesearch`.
       measure_slope: likewise.
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 
 class Minimizer(NamedTuple):
-    r"""Where a regularised model is least.
+    r"""The minimiser of a regularised model.
 
     Attributes:
       point: h, of shape (k,).
       multiplier: :math:`\lambda \ge 0` with :math:`(T + \lambda I) h = -c`; 0 where the regularisation does not bind.
-      lowest_eigenvalue: of T; 0 where it is negative within rounding only.
+      lowest_eigenvalue: of T; 0 where it is not distinct from 0 within rounding.
     """
 
     point: jax.Array

@@ -25,14 +25,14 @@ from optcurv.spikes import Watch, keep_usable, look, start_watch
 
 @dataclasses.dataclass(frozen=True)
 class Tableau:
-    r"""An explicit Runge-Kutta scheme (Butcher tableau) of s stages; no times, for the gradient flow has none.
+    r"""An explicit Runge-Kutta scheme (Butcher tableau) of s stages. The gradient flow needs no times.
 
     Attributes:
-      a: row i holds the i numbers :math:`a_{i1} \ldots a_{i, i-1}` that weigh the earlier stages; the first row is ().
+      a: row i holds the i - 1 numbers :math:`a_{i1} \ldots a_{i, i-1}` for the earlier stages; the first row is ().
       b: the s weights of the stages in the step; their sum is 1.
 
     Raises:
-      ValueError: if the rows have other lengths or the weights another sum.
+      ValueError: if the rows have the wrong lengths, or the weights do not sum to 1.
 
     Example:
       Kutta's scheme of third order:
@@ -74,10 +74,10 @@ class RungeKuttaInfo(NamedTuple):
     r"""What one step did; scalars for the log.
 
     Attributes:
-      correction: :math:`\|\bar g - g\| / \|g\|`; large where the step size is beyond what the loss's curvature bears.
+      correction: :math:`\|\bar g - g\| / \|g\|`; large where the step size is too large for the loss's curvature.
       finite: whether the gradients of all stages and what the inner optimiser made of them were finite; if not, the
         updates are zero and the inner state stays.
-      refused: whether the gradient was a spike; likewise.
+      refused: whether the gradient was a spike; then likewise.
     """
 
     correction: jax.Array
@@ -92,7 +92,7 @@ class RungeKuttaState(NamedTuple):
       count: steps taken, for schedules.
       watch: for spikes of the gradient.
       inner: the inner optimiser's state.
-      info: of the last step.
+      info: what the last step did.
     """
 
     count: jax.typing.ArrayLike
@@ -104,7 +104,7 @@ class RungeKuttaState(NamedTuple):
 def runge_kutta(
     inner: optax.GradientTransformation, step_size: optax.ScalarOrSchedule, *, tableau: Tableau = HEUN
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Hands an optimiser the slope of a Runge-Kutta step in place of the gradient; the sign is the optimiser's.
+    r"""Gives an optimiser the slope of a Runge-Kutta step in place of the gradient; the sign is the optimiser's.
 
     .. math:: k_i = \nabla U\Bigl(\theta - h \sum_{j<i} a_{ij} k_j\Bigr), \qquad \bar g = \sum_i b_i k_i
 
@@ -115,12 +115,12 @@ def runge_kutta(
 
     The first stage is the gradient that the update is given, so put this first in a chain. All stages see the same
     closure, and with it the same batch and random keys; a step costs as many gradients as the scheme has stages. The
-    update takes the extra argument `value_fn` (required) and hands all of them on: `value` and `grad` are for the inner
-    optimiser those at the parameters, as a line search needs them.
+    update takes the extra argument `value_fn` (required) and passes all of them on: the inner optimiser sees
+    `value` and `grad` at the parameters, as a line search needs them.
 
-    What is not finite moves nothing and does not reach the inner optimiser's state. Nor does a gradient a thousand
-    times as large as any before, unless it comes twice in a row; where gradients fall below 1e-6 of the largest, the
-    inner optimiser starts anew: Adam would take 10⁵ steps to forget a spike.
+    Values that are not finite move nothing and do not reach the inner optimiser's state. Nor does a gradient a thousand
+    times as large as any before, unless it comes twice in a row. Where gradients fall below 1e-6 of the largest, the
+    inner optimiser starts again from its initial state, as Adam would take 10⁵ steps to forget a spike.
 
     Args:
       inner: any optax transformation.
@@ -184,7 +184,7 @@ def runge_kutta(
 
 
 def _weighted_sum(weights: Sequence[float], trees: Sequence[PyTree]) -> PyTree:
-    """Adds trees up; one with weight zero is left out, and need not be kept."""
+    """Adds trees, each times its weight; those of weight zero are left out and need not be kept in memory."""
     terms = [optax.tree.scale(weight, tree) for weight, tree in zip(weights, trees, strict=True) if weight != 0]
     return functools.reduce(optax.tree.add, terms)
 

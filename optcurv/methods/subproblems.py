@@ -19,10 +19,11 @@ class Stop(enum.IntEnum):
     """Why a solver stopped.
 
     Attributes:
-      NOT_FINITE: gradient or product.
-      INDEFINITE_NORM: a vector met had a negative squared norm.
-      CONVERGED: inside the region.
-      BOUNDARY: the step ends on it.
+      NOT_FINITE: the gradient or a product was not finite.
+      INDEFINITE_NORM: some vector had a negative squared norm.
+      INDEFINITE_LOSS: the Hessian of `loss_fn` by the model's outputs is not positive semi-definite.
+      CONVERGED: inside the region, within the tolerance.
+      BOUNDARY: the step ends on the region's boundary.
       NEGATIVE_CURVATURE: likewise, along a direction of negative (or no) curvature.
       MAX_ITER: inside the region, with no more products to take.
 
@@ -35,10 +36,11 @@ class Stop(enum.IntEnum):
 
     NOT_FINITE = 0
     INDEFINITE_NORM = 1
-    CONVERGED = 2
-    BOUNDARY = 3
-    NEGATIVE_CURVATURE = 4
-    MAX_ITER = 5
+    INDEFINITE_LOSS = 2
+    CONVERGED = 3
+    BOUNDARY = 4
+    NEGATIVE_CURVATURE = 5
+    MAX_ITER = 6
 
 
 class ModelStep(NamedTuple):
@@ -47,18 +49,23 @@ class ModelStep(NamedTuple):
     Attributes:
       step: s, of the gradient's structure and dtype.
       predicted_decrease: :math:`m(0) - m(s)`.
-      iterations: curvature products taken.
+      iterations: curvature products taken, or matrices factorised.
       stop: a `Stop`.
+      size: the damping that the step was found with, where the solver had to raise it; None if it is as asked for.
+      on_residuals: whether the equations solved were as many as the residuals, rather than the parameters.
     """
 
     step: PyTree
     predicted_decrease: jax.Array
     iterations: jax.Array
     stop: jax.Array
+    size: jax.Array | None = None
+    on_residuals: bool = False
 
 
 Solver: TypeAlias = Callable[[MatVec, PyTree, Metric, jax.Array, jax.Array], ModelStep]
-"""Maps the product with B, the gradient, the metric, the radius (or cubic weight) and a random key to a step."""
+"""Maps the product with B, the gradient, the metric, the size (radius, cubic weight or damping) and a random key to a
+step."""
 
 
 def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
@@ -68,11 +75,11 @@ def steihaug(max_iter: int = 50, tol: float = 0.1) -> Solver:
     preconditioned with M, so that the iterates are those of plain conjugate gradients in the coordinates
     :math:`M^{1/2} s` and their norms grow monotonically. Where the next iterate would leave the region, or the
     curvature along its direction is not positive, the step goes on to the boundary. It decreases the model at least as
-    much as the Cauchy point, and does not see negative curvature that the gradient hides: a zero gradient gives a zero
-    step.
+    much as the Cauchy point, and does not find negative curvature that the gradient does not show: a zero gradient
+    gives a zero step.
 
     Args:
-      max_iter: the most products taken, at least 1.
+      max_iter: the largest number of products, at least 1.
       tol: κ ≥ 0; stops where the residual falls below :math:`\|g\| \min(\kappa, \sqrt{\|g\|})`, in the norm of
         :math:`M^{-1}`.
 
@@ -179,7 +186,7 @@ def gltr(max_iter: int = 10, tol: float = 0.1) -> Solver:
     One vector is kept for each product.
 
     Args:
-      max_iter: the most products taken, and the dimension of the space, at least 1.
+      max_iter: the largest number of products, and the dimension of the space, at least 1.
       tol: κ ≥ 0; stops where no negative curvature has been met and the residual of Newton's equation falls below
         :math:`\|g\| \min(\kappa, \sqrt{\|g\|})`, in the norm of :math:`M^{-1}`.
 
@@ -218,11 +225,11 @@ def gltr(max_iter: int = 10, tol: float = 0.1) -> Solver:
 def cubic_lanczos(max_iter: int = 10, tol: float = 0.1) -> Solver:
     r"""Minimises :math:`g^\top s + \tfrac12 s^\top B s + \tfrac{\sigma}{3} \|s\|_M^3` in the space of `gltr`.
 
-    σ stands in the place of the radius, and the predicted decrease is that of the cubic model. The step counts as
+    σ takes the place of the radius, and the predicted decrease is that of the cubic model. The step counts as
     one at the boundary where the cubic term is more than a tenth of that decrease.
 
     Args:
-      max_iter: the most products taken, and the dimension of the space, at least 1.
+      max_iter: the largest number of products, and the dimension of the space, at least 1.
       tol: as in `gltr`.
 
     Returns:

@@ -12,7 +12,7 @@ from optcurv.spikes import Watch, keep_usable, look, start_watch
 
 
 class SwitchRule(NamedTuple):
-    """When to switch, by what happens on the way; made by `on_plateau`.
+    """A rule that decides during training when to switch; `on_plateau` makes one.
 
     Attributes:
       init: returns the rule's state.
@@ -98,7 +98,7 @@ class SwitchInfo(NamedTuple):
     Attributes:
       stage: 0 or 1.
       finite: whether all that the stage returned was finite; if not, the updates are zero and its state stays.
-      refused: whether the gradient was a spike; likewise.
+      refused: whether the gradient was a spike; then likewise.
     """
 
     stage: jax.Array
@@ -110,11 +110,11 @@ class SwitchState(NamedTuple):
     """State of `switch`.
 
     Attributes:
-      rule: of what decides.
+      rule: the rule's state.
       watch: for spikes of the gradient.
-      first: of the first optimiser.
-      second: of the second, fresh until the switch.
-      info: of the last step.
+      first: the first optimiser's state.
+      second: the second optimiser's state, unused until the switch.
+      info: what the last step did.
     """
 
     rule: Any
@@ -132,9 +132,9 @@ def switch(
     Only the active one is computed. The second starts with a fresh state, made from the parameters at the switch. Two
     switches in a row make three stages, and so on.
 
-    What is not finite moves nothing and does not reach a stage's state. Nor does a gradient a thousand times as large
-    as any before, unless it comes twice in a row; where gradients fall below 1e-6 of the largest, the active stage
-    starts anew.
+    Values that are not finite move nothing and do not reach a stage's state. Nor does a gradient a thousand times as
+    large as any before, unless it comes twice in a row. Where gradients fall below 1e-6 of the largest, the active
+    stage starts again from its initial state.
 
     Args:
       first: any transformation.

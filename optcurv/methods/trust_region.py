@@ -13,7 +13,7 @@ from optcurv.arguments import (
 )
 from optcurv.curvature import ProductFn, hessian_product
 from optcurv.methods.norms import Norm, rmsprop_norm
-from optcurv.methods.regularized_newton import check_order, check_regularization, regularized_newton
+from optcurv.methods.regularized_newton import RegularizedNewton, check_order, check_regularization
 from optcurv.methods.subproblems import Solver, steihaug
 
 
@@ -22,8 +22,8 @@ class TrustRegionInfo(NamedTuple):
 
     Attributes:
       ratio: ρ, actual over predicted decrease; minus infinity where the loss at the trial point was not finite.
-      radius: Δ within which the step was sought.
-      accepted: whether it was taken.
+      radius: Δ, the radius within which the step was sought.
+      accepted: whether the step was taken.
       iterations: curvature products.
       stop: why the solver stopped, an `optcurv.Stop`.
       predicted_decrease: :math:`m(0) - m(s)`.
@@ -67,13 +67,13 @@ def trust_region(
         \Delta & \rho \ge \eta_1 \text{ otherwise} \\ \max(\Delta / \gamma_2, \Delta_{\min}) & \rho < \eta_1 \end{cases}
 
     which is Algorithm 1 for η₁ = η₂, γ₁ = γ₂ and Δ_min = 0, and the form of its experiments. Corrections: after a step
-    that ends inside the region the radius does not grow (Nocedal and Wright 2006, Algorithm 4.1), as otherwise
-    mini-batches that are fitted already undo the shrinking that others need. The norm's matrix enters with the power ½
-    that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves differences of some 1e-7 only,
-    so a smaller decrease is taken from the slopes at both ends of the step, :math:`-\tfrac12 (g^\top s + \nabla L(w +
-    s)^\top s)`, and a predicted decrease within rounding of the loss counts as achieved. A gradient a thousand times as
-    large as any before is refused, unless it comes twice in a row. Where gradients fall below 1e-6 of the largest, as
-    they do after a spike, the norm starts anew.
+    that ends inside the region the radius does not grow (Nocedal and Wright 2006, Algorithm 4.1); otherwise
+    mini-batches that are already fitted would undo the shrinking that others need. The norm's matrix enters with the
+    power ½ that Corollary 1 needs, and ε is added to it at every step. A float32 loss resolves differences of some 1e-7
+    only, so a smaller decrease is taken from the slopes at both ends of the step, :math:`-\tfrac12 (g^\top s + \nabla
+    L(w + s)^\top s)`, and a predicted decrease within rounding of the loss counts as achieved. A gradient a thousand
+    times as large as any before is refused, unless it comes twice in a row. Where gradients fall below 1e-6 of the
+    largest, as they do after a spike, the norm starts again from its initial state.
 
     The update takes the extra arguments `value_fn` (required), `value` (optional, the loss at params) and
     `curvature_value_fn` (the loss on a smaller batch, for the products only; default `value_fn`). With `value` given, a
@@ -88,13 +88,13 @@ def trust_region(
       curvature: B; `optcurv.hessian_product` (default), `optcurv.gauss_newton_product`, or any function of the same
         signature.
       initial_radius: Δ₀ > 0, in the norm of M; published 1e-4 to 5e-2.
-      min_radius: Δ_min > 0, a number or a schedule. However many steps were rejected, the radius can grow again.
+      min_radius: Δ_min > 0, a number or a schedule. It lets the radius recover from any number of rejections.
       max_radius: Δ_max > 0, likewise.
       accept_ratio: η₁ in [0, 1], likewise; published 1e-2, and 1e-5 for a convolutional network.
       grow_ratio: η₂ in [η₁, 1], likewise.
       growth: γ₁ > 1, likewise.
       shrinkage: γ₂ > 1, likewise; published 1.25 to 1.75.
-      seed: of the random vectors that `optcurv.gltr` starts from.
+      seed: for the random vectors that `optcurv.gltr` starts from.
 
     Returns:
       The optimiser.
@@ -102,7 +102,7 @@ def trust_region(
     Raises:
       ValueError: if a number is out of range, or `update` is called without params or with a gradient or a state that
         does not fit them; outside of jit, if the norm is not positive definite (inside, such a step is rejected).
-      TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is no scalar.
+      TypeError: if an argument has the wrong type, `update` is called without `value_fn`, or the loss is not a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optcurv
@@ -134,6 +134,6 @@ def trust_region(
         shrunk = jnp.maximum(radius / scheduled(shrinkage, count), scheduled(min_radius, count))
         return jnp.where(accepted, kept, shrunk)
 
-    return regularized_newton(
+    return RegularizedNewton(
         "trust_region", TrustRegionInfo, norm, solver, curvature, initial_radius, accept_ratio, resize, seed
-    )
+    ).transformation()

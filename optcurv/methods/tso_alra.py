@@ -26,11 +26,11 @@ def tso_alra(
     a bound the first stage is stable only at rates that are too small for SGD; the default c = 1 allows larger ones.
     Where the loss still jumps at the switch, give the second stage a smaller rate of its own.
 
-    `optcurv.scale_by_kronecker` says what the update needs; `optcurv.switch` what `when` may be.
+    See `optcurv.scale_by_kronecker` for what the update needs, and `optcurv.switch` for what `when` may be.
 
     Args:
       learning_rate: :math:`\eta_1`, a number or a schedule.
-      when: to switch to SGD: a number of steps, or `optcurv.on_plateau(...)`.
+      when: when to switch to SGD: after a number of steps, or by `optcurv.on_plateau(...)`.
       preconditioner: the first stage, by default `optcurv.scale_by_kronecker()`.
       momentum: β in :math:`m \leftarrow \beta m + u` in the first stage; default: none, as published.
       max_update_norm: c, a bound on the norm of the preconditioned gradient, before momentum; None for none, as

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 import optcurv
+from optcurv.arguments import by_path
 from optcurv.kronecker.factors import KRONECKER
-from optcurv.kronecker.statistics import tap
+from optcurv.kronecker.recording import record
 
 N = 5
 
@@ -150,9 +151,14 @@ def mean_loss(network, x, targets):
     return lambda params: jnp.mean(per_example(network(params, x)))
 
 
+def tap(loss, params, *, leave_out=(), **options):
+    return record(loss, params, leave_out).taps(params, **options)
+
+
 def tapped(loss, params, **options):
-    """`tap`, compiled."""
-    return optcurv.layers(loss, params), jax.jit(lambda params: tap(loss, params, **options)[1])(params)
+    """The layers, and compiled what they see of the batch, in their order."""
+    found, uses = optcurv.layers(loss, params), jax.jit(lambda params: tap(loss, params, **options).uses)(params)
+    return found, [uses[layer.path] for layer in found.found]
 
 
 @jax.jit
@@ -169,7 +175,7 @@ def problem(name):
 
 def matrices(layer, params):
     """Kernel and bias in one piece; without a bias the last row is zero."""
-    kernel, *bias = layer.parts(jax.tree.leaves(params))
+    kernel, *bias = layer.parts(by_path(params))
     return jnp.concatenate([kernel, *(bias or [jnp.zeros_like(kernel[:, :1])])], axis=1)
 
 
@@ -184,21 +190,19 @@ def test_taps_give_per_example_gradients_and_leaves_undoes_parts(name):
     def of_each_layer(params):
         """From taps, by `jax.vmap` of `jax.grad`, and the leaves again."""
         expected = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, targets)
-        leaves, taps, rows = jax.tree.leaves(params), tap(loss, params).uses, []
-        for layer, uses in zip(found.found, taps, strict=True):
-            actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses)
+        leaves, uses, rows = by_path(params), tap(loss, params).uses, []
+        for layer in found.found:
+            actual = sum(jnp.einsum("bnpi,bnpo->nbio", use.inputs, use.gradients) for use in uses[layer.path])
             reference = jax.vmap(functools.partial(matrices, layer))(expected)
             rows.append((actual, reference, layer.leaves(layer.parts(leaves), leaves)))
         return rows
 
-    leaves = jax.tree.leaves(params)
-    assert {leaf for layer in found.found for leaf in (layer.kernel, layer.bias) if leaf is not None} == set(
-        range(len(leaves))
-    )
+    leaves = by_path(params)
+    assert {path for layer in found.found for path in (layer.path, layer.bias) if path is not None} == leaves.keys()
     for layer, (actual, reference, again) in zip(found.found, of_each_layer(params), strict=True):
-        for place, leaf in again.items():
-            np.testing.assert_array_equal(leaf, leaves[place])
-        tolerance = 1e-2 if leaves[layer.kernel].dtype == jnp.bfloat16 else 1e-5
+        for path, leaf in again.items():
+            np.testing.assert_array_equal(leaf, leaves[path])
+        tolerance = 1e-2 if leaves[layer.path].dtype == jnp.bfloat16 else 1e-5
         np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance * np.abs(reference).max())
 
 
@@ -457,11 +461,11 @@ def test_squares_are_those_of_each_examples_own_gradient(name):
 
     found = optcurv.layers(mean_loss(network, x, targets), params)
     actual, expected = squares(params)
-    assert actual.keys() == {path for path, _ in found.others.values()} != set()
+    assert actual.keys() == found.others.keys() != set()
     assert not found.estimated
-    expected = jax.tree.leaves(expected)
-    for leaf, (path, _) in found.others.items():
-        np.testing.assert_allclose(actual[path], expected[leaf], rtol=0, atol=2e-5 * np.max(expected[leaf]))
+    expected = by_path(expected)
+    for path in found.others:
+        np.testing.assert_allclose(actual[path], expected[path], rtol=0, atol=2e-5 * np.max(expected[path]))
 
 
 def everything(p, tokens):
@@ -552,14 +556,14 @@ def test_layers_that_do_not_see_the_examples_are_left_out_by_name():
     names = ["['experts']", "['places']"]
     found = optcurv.layers(loss, params, leave_out=names)
     assert [layer.path for layer in found.found] == ["['w']"]
-    assert list(found.others.values()) == [
-        ("['experts']", "left out"),
-        ("['offset']", "is added to a layer left out"),
-        ("['places']", "left out"),
-    ]
+    assert found.others == {
+        "['experts']": "left out",
+        "['offset']": "is added to a layer left out",
+        "['places']": "left out",
+    }
     assert found.estimated == set(found.others)
-    uses, squares = jax.eval_shape(lambda p: tap(loss, p, leave_out=names)[1:], params)
-    assert uses[0][0].inputs.shape == (1, N, 1, 4)
+    uses, squares = jax.eval_shape(lambda p: tap(loss, p, leave_out=names), params)
+    assert uses["['w']"][0].inputs.shape == (1, N, 1, 4)
     assert not squares
     with pytest.raises(ValueError, match=r"no parameter by \['v'\]; there are \['experts'\], "):
         optcurv.layers(loss, params, leave_out=["['v']"])
@@ -630,7 +634,7 @@ def test_a_bias_whose_entries_change_places_stays_alone(network):
     params, x = {"w": normal(3, 2, 2), "b": normal(2, 2)}, normal(N, 3)
     found = optcurv.layers(lambda p: jnp.mean(network(p, x)), params)
     assert found.found[0].bias is None
-    assert [path for path, _ in found.others.values()] == ["['b']"]
+    assert list(found.others) == ["['b']"]
 
 
 def test_what_is_added_along_positions_is_no_bias():

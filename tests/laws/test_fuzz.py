@@ -106,6 +106,11 @@ def adaptive_cubic(dtypes, **static):
     return program(optcurv.adaptive_cubic, dtypes, static, **ranges)
 
 
+def levenberg_marquardt(dtypes, **static):
+    ranges = {"initial_damping": (1e-4, 10), "growth": (2, 6), "shrinkage": (1.3, 2), "momentum": (0.1, 0.8)}
+    return program(optcurv.levenberg_marquardt, dtypes, static, **ranges)._replace(full_batch=True)
+
+
 def after(step):
     """Switches after a number of steps that may be drawn."""
     return optcurv.SwitchRule(lambda: jnp.zeros((), jnp.int32), lambda count, value: (count + 1, count >= step))
@@ -180,6 +185,10 @@ PROGRAMS = {
     ),
     "cubic": adaptive_cubic(FLOAT16, max_iter=4),
     "cubic-ball": adaptive_cubic(MIXED, max_iter=3, norm=optcurv.uniform_norm(), curvature=GAUSS_NEWTON),
+    "levenberg-marquardt": levenberg_marquardt(MIXED),
+    "levenberg-marquardt-conjugate-gradients": levenberg_marquardt(
+        FLOAT16, solver=optcurv.conjugate_gradients(10), norm=optcurv.rmsprop_norm(), length_trials=2
+    ),
     "sgd-rk2": program(optcurv.sgd_rk2, FLOAT16, {"momentum": 0.5, "tableau": optcurv.RALSTON}, **RATES),
     "adam-rk2": program(optcurv.adam_rk2, MIXED, **RATES),
     "adam-rk4": program(

@@ -50,6 +50,11 @@ RUNS = {
         optcurv.trust_region(solver=optcurv.gltr()), 5e-3, {"trust_region/radius": (1e-8, 10.0)}
     ),
     "adaptive-cubic": Run(optcurv.adaptive_cubic(), 5e-3, {"adaptive_cubic/weight": (1e-8, 1e8)}),
+    "levenberg-marquardt": Run(
+        optcurv.levenberg_marquardt(solver=optcurv.conjugate_gradients(10)),
+        1e-2,
+        {"levenberg_marquardt/damping": (1e-16, 1e12)},
+    ),
     "sgd-rk2": Run(optcurv.sgd_rk2(0.1, momentum=0.9), 1e-2),
     "adam-rk2": Run(optcurv.adam_rk2(3e-3), 1e-2),
     "switch": Run(optcurv.switch(optax.adam(3e-3), optax.sgd(0.03, momentum=0.9), when=1000), 1e-2),

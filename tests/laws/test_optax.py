@@ -92,6 +92,8 @@ def test_params_like_parts_of_the_state_can_be_mapped(case):
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     state = optimizer.init(params)
     if case.state_by_path:
+        with pytest.raises(ValueError, match="different numbers of pytree children"):
+            optax.tree.map_params(optimizer, lambda leaf: leaf, state)
         return
     mapped = optax.tree.map_params(optimizer, lambda leaf: leaf, state)
     jax.tree.map(np.testing.assert_array_equal, mapped, state)

@@ -217,6 +217,9 @@ CONSTRUCTORS = [
         r"loss_of_model must be a function of \(model\)",
     ),
     Wrong("seed-a-string", lambda: optcurv.trust_region(seed="a"), TypeError, "seed must be an integer, got 'a'"),
+    Wrong(
+        "seed-of-labels", lambda: optcurv.scale_by_kronecker(seed=None), TypeError, "seed must be an integer, got None"
+    ),
     Wrong("seed-a-fraction", lambda: optcurv.adaptive_cubic(seed=0.5), TypeError, "seed must be an integer, got 0.5"),
     Wrong(
         "accumulate-a-number",
