@@ -3,7 +3,6 @@
 import ast
 import functools
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any, TypeVar
 
 import joblib
 
+import optcurv
 from benchmarks.core.timing import environment
 
 T = TypeVar("T")
+_ROOTS = {"benchmarks": Path(__file__).parents[1], "optcurv": Path(optcurv.__file__).parent}
 
 
 class Cache:
@@ -56,23 +57,20 @@ def source(module: str) -> str:
 
 
 def _collect(module: str, found: dict[str, bytes]) -> None:
-    spec = importlib.util.find_spec(module) if module.split(".")[0] in ("benchmarks", "optcurv") else None
-    if module in found or spec is None or spec.origin is None:
+    path = _file(module)
+    if module in found or path is None:
         return
-    found[module] = Path(spec.origin).read_bytes()
+    found[module] = path.read_bytes()
     for node in ast.walk(ast.parse(found[module])):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 _collect(alias.name, found)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            _collect(node.module, found)
-            for alias in node.names:  # a name may be a module
-                if _is_module(f"{node.module}.{alias.name}"):
-                    _collect(f"{node.module}.{alias.name}", found)
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):  # it may be a module
+                _collect(name, found)
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def _file(module: str) -> Path | None:
+    package, *rest = module.split(".")
+    path = _ROOTS.get(package, Path("nowhere")).joinpath(*rest)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)

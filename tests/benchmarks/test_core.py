@@ -190,8 +190,11 @@ def test_the_validation_loss_of_a_stop_is_told_to_the_next_step():
     splits = data.Dataset(images(60), images(20, 1), images(20, 2))
     task = Task(Mlp(hidden=(4,)), classification_loss, splits, batch_size=30)
     trainer = Trainer(task, Method("listener", lambda rate: listener, {"rate": (0.1,)}))
-    run = trainer.run({"rate": 0.1}, 0, after_steps([2, 4]))
+    at_stops = lambda params: {"expected": float(task.loss(splits.validation)(params))}  # noqa: E731
+    run = trainer.run({"rate": 0.1}, 0, after_steps([2, 4]), at_stops)
+    assert run.curve["validation_loss"] == pytest.approx(run.curve["expected"], rel=1e-5)
     jax.effects_barrier()
+    # The first call compiles.
     np.testing.assert_allclose(told[1:], [math.nan, math.nan, run.curve["validation_loss"][0], math.nan])
 
 
