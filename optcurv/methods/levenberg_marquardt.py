@@ -10,7 +10,7 @@ import optax
 from optcurv.arguments import check_count, check_number, scheduled
 from optcurv.curvature import ProductFn, gauss_newton_product
 from optcurv.methods.dense import dense
-from optcurv.methods.norms import Norm, uniform_norm
+from optcurv.methods.norms import Norm, rmsprop_norm
 from optcurv.methods.regularized_newton import check_order, check_regularization, regularized_newton
 from optcurv.methods.subproblems import Solver
 
@@ -45,15 +45,15 @@ class LevenbergMarquardtInfo(NamedTuple):
 def levenberg_marquardt(
     *,
     solver: Solver = dense(),  # noqa: B008  a pure function
-    norm: Norm = uniform_norm(),  # noqa: B008
+    norm: Norm = rmsprop_norm(),  # noqa: B008
     curvature: ProductFn = gauss_newton_product,
-    initial_damping: chex.Numeric = 1e-2,
+    initial_damping: chex.Numeric = 10.0,
     min_damping: optax.ScalarOrSchedule = 1e-16,
     max_damping: optax.ScalarOrSchedule = 1e12,
     accept_ratio: optax.ScalarOrSchedule = 1e-4,
     grow_ratio: optax.ScalarOrSchedule = 0.25,
     shrink_ratio: optax.ScalarOrSchedule = 0.75,
-    growth: optax.ScalarOrSchedule = 5.0,
+    growth: optax.ScalarOrSchedule = 3.0,
     shrinkage: optax.ScalarOrSchedule = 1.5,
     momentum: optax.ScalarOrSchedule = 0.0,
     length_trials: int = 0,
@@ -87,18 +87,19 @@ def levenberg_marquardt(
     Args:
       solver: `optcurv.dense()` (default), exact, for at most 4096 parameters or residuals, whichever are fewer; beyond,
         `optcurv.conjugate_gradients()` or `optcurv.minimum_residual()`.
-      norm: M; `optcurv.uniform_norm()` (default) or any other `optcurv.Norm`.
+      norm: M; `optcurv.rmsprop_norm()` (default), which vanishes with the gradient, so that λ need not, and follows the
+        scale of the loss; `optcurv.uniform_norm()`, as published, or any other `optcurv.Norm`.
       curvature: G; `optcurv.gauss_newton_product` (default), or for the Krylov solvers `optcurv.hessian_product` or any
         function of the same signature.
-      initial_damping: λ₀ > 0, in units of the loss's curvature.
+      initial_damping: λ₀ > 0, in units of the loss's curvature by M.
       min_damping: λ_min > 0, a number or a schedule.
       max_damping: λ_max > 0, likewise. With all three equal, λ is constant.
       accept_ratio: η in [0, 1], likewise.
       grow_ratio: ρ₁ in [η, 1], likewise.
       shrink_ratio: ρ₂ in [ρ₁, 1], likewise.
       growth: γ₂ > 1, likewise.
-      shrinkage: γ₁ > 1, likewise. Much less than γ₂, as a rejected step costs as much as another: with both 3, two steps
-        in five were rejected on Poisson's equation, and an error of 1e-4 took two to three times as many.
+      shrinkage: γ₁ > 1, likewise. Much less than γ₂, as a rejected step costs as much as another: with both 3, two
+        steps in five were rejected on Poisson's equation, and an error of 1e-4 took two to three times as many.
       momentum: μ in [0, 1), likewise.
       length_trials: the most forward passes spent on the length of a step: it is halved, or else doubled, as long as
         that lowers the loss. Default 0: the step is taken as it is, or not at all.
