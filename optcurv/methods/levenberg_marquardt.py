@@ -10,7 +10,7 @@ import optax
 from optcurv.arguments import check_count, check_number, scheduled
 from optcurv.curvature import ProductFn, gauss_newton_product
 from optcurv.methods.dense import dense
-from optcurv.methods.norms import Norm, uniform_norm
+from optcurv.methods.norms import Norm, rmsprop_norm
 from optcurv.methods.regularized_newton import RegularizedNewton, check_order, check_regularization
 from optcurv.methods.subproblems import Solver
 
@@ -45,15 +45,15 @@ class LevenbergMarquardtInfo(NamedTuple):
 def levenberg_marquardt(
     *,
     solver: Solver = dense(),  # noqa: B008  a pure function
-    norm: Norm = uniform_norm(),  # noqa: B008
+    norm: Norm = rmsprop_norm(),  # noqa: B008
     curvature: ProductFn = gauss_newton_product,
-    initial_damping: chex.Numeric = 1e-2,
+    initial_damping: chex.Numeric = 10.0,
     min_damping: optax.ScalarOrSchedule = 1e-16,
     max_damping: optax.ScalarOrSchedule = 1e12,
     accept_ratio: optax.ScalarOrSchedule = 1e-4,
     grow_ratio: optax.ScalarOrSchedule = 0.25,
     shrink_ratio: optax.ScalarOrSchedule = 0.75,
-    growth: optax.ScalarOrSchedule = 5.0,
+    growth: optax.ScalarOrSchedule = 3.0,
     shrinkage: optax.ScalarOrSchedule = 1.5,
     momentum: optax.ScalarOrSchedule = 0.0,
     length_trials: int = 0,
@@ -87,10 +87,11 @@ def levenberg_marquardt(
     Args:
       solver: `optcurv.dense()` (default), exact, for at most 4096 parameters or residuals, whichever are fewer; beyond,
         `optcurv.conjugate_gradients()` or `optcurv.minimum_residual()`.
-      norm: M; `optcurv.uniform_norm()` (default) or any other `optcurv.Norm`.
+      norm: M; `optcurv.rmsprop_norm()` (default), which vanishes with the gradient, so that λ need not, and follows the
+        scale of the loss; `optcurv.uniform_norm()`, as published, or any other `optcurv.Norm`.
       curvature: G; `optcurv.gauss_newton_product` (default), or for the Krylov solvers `optcurv.hessian_product` or any
         function of the same signature.
-      initial_damping: λ₀ > 0, in units of the loss's curvature.
+      initial_damping: λ₀ > 0, in units of the loss's curvature by M.
       min_damping: λ_min > 0, a number or a schedule.
       max_damping: λ_max > 0, likewise. With all three equal, λ is constant.
       accept_ratio: η in [0, 1], likewise.

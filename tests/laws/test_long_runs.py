@@ -51,9 +51,9 @@ RUNS = {
     ),
     "adaptive-cubic": Run(optcurv.adaptive_cubic(), 5e-3, {"adaptive_cubic/weight": (1e-8, 1e8)}),
     "levenberg-marquardt": Run(
-        optcurv.levenberg_marquardt(solver=optcurv.conjugate_gradients(10)),
+        optcurv.levenberg_marquardt(solver=optcurv.conjugate_gradients(10), min_damping=0.1, initial_damping=0.1),
         1e-2,
-        {"levenberg_marquardt/damping": (1e-16, 1e12)},
+        {"levenberg_marquardt/damping": (0.1, 1e12)},
     ),
     "sgd-rk2": Run(optcurv.sgd_rk2(0.1, momentum=0.9), 1e-2),
     "adam-rk2": Run(optcurv.adam_rk2(3e-3), 1e-2),
