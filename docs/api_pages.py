@@ -41,11 +41,11 @@ def _section(module: str, names: list[str]) -> Iterator[str]:
     summary, _, _ = inspect.cleandoc(importlib.import_module(module).__doc__ or "").partition("\n\n")
     yield from ("```{eval-rst}", ".. currentmodule:: optcurv", "", summary, "")
     yield from (".. autosummary::", "   :toctree: generated", "   :nosignatures:", "")
-    yield from (f"   {name}" for name in names if not name.isupper())
+    data = ModuleAnalyzer.for_module(module).find_attr_docs()
+    yield from (f"   {name}" for name in names if ("", name) not in data)
     yield from (f"   ~{module.removeprefix('optcurv.')}.{name}" for name in _returned_types(module))
-    constants = ModuleAnalyzer.for_module(module).find_attr_docs()
-    for name in filter(str.isupper, names):
-        yield from ("", f".. py:data:: {name}", "", *(f"   {line}" for line in constants["", name]))
+    for name in (name for name in names if ("", name) in data):
+        yield from ("", f".. py:data:: {name}", "", *(f"   {line}" for line in data["", name]))
     yield "```\n"
 
 

@@ -1,6 +1,7 @@
 """Rooms with walls: which folder of the library may import which, and what it may import from outside."""
 
 import ast
+import inspect
 import pathlib
 import subprocess
 import sys
@@ -110,6 +111,30 @@ def test_import_pulls_in_no_flax_and_no_matplotlib():
     assert "matplotlib" not in loaded
 
 
-def test_every_public_name_is_documented_with_an_example():
-    for name in optcurv.__all__:
+def test_every_public_function_is_documented_with_an_example():
+    functions = [name for name in optcurv.__all__ if inspect.isfunction(getattr(optcurv, name))]
+    assert len(functions) > 50
+    for name in functions:
         assert ">>>" in getattr(optcurv, name).__doc__, name
+
+
+def test_types_that_public_signatures_name_are_public():
+    """So that users can write annotations, solvers and norms of their own without reaching into modules."""
+    library = {
+        node.name if isinstance(node, ast.ClassDef) else node.target.id
+        for path in FILES.values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef | ast.AnnAssign)
+    }
+    for name in optcurv.__all__:
+        public = getattr(optcurv, name)
+        if inspect.isfunction(public):
+            (function,) = ast.parse(inspect.getsource(public)).body
+            arguments = [*function.args.args, *function.args.kwonlyargs]
+            named = {
+                node.id
+                for annotation in (*(argument.annotation for argument in arguments), function.returns)
+                for node in ast.walk(annotation)
+                if isinstance(node, ast.Name)
+            }
+            assert named & library <= set(optcurv.__all__), f"{name} names {named & library - set(optcurv.__all__)}."

@@ -10,7 +10,7 @@ import optax
 from optcurv.arguments import PyTree, check_count
 from optcurv.landscape.directions import check_same_layout, check_two
 
-SliceFn = Callable[..., PyTree]
+SliceFn: TypeAlias = Callable[..., PyTree]
 """Maps parameters, or parameters and a batch, to a number or any pytree of metrics."""
 
 
