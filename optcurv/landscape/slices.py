@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
