@@ -51,7 +51,10 @@ RUNS = {
     ),
     "adaptive-cubic": Run(optcurv.adaptive_cubic(), 5e-3, {"adaptive_cubic/weight": (1e-8, 1e8)}),
     "levenberg-marquardt": Run(
-        optcurv.levenberg_marquardt(solver=optcurv.conjugate_gradients(10), min_damping=0.1, initial_damping=0.1),
+        # On mini-batches a damping that knows one batch must not become small.
+        optcurv.levenberg_marquardt(
+            solver=optcurv.conjugate_gradients(10), norm=optcurv.uniform_norm(), min_damping=0.1
+        ),
         1e-2,
         {"levenberg_marquardt/damping": (0.1, 1e12)},
     ),
