@@ -41,8 +41,9 @@ def write_pages() -> None:
     for name, study in studies().items():
         tables = report.write_report(study, _FOLDER / "results" / name)
         (PAGES / f"{name}.md").write_text(report.page(study, tables))
+    contents = headline()
     for path in WITH_HEADLINE:
-        path.write_text(report.filled(path.read_text(), headline()))
+        path.write_text(report.filled(path.read_text(), contents))
 
 
 def main(argv: Sequence[str]) -> int:
