@@ -13,7 +13,9 @@ from benchmarks.core.data import DataError
 
 _FOLDER = Path(__file__).parent
 PAGES = _FOLDER.parent / "docs" / "results"
+WITH_HEADLINE = (_FOLDER.parent / "README.md", PAGES / "index.md")
 DEFAULT = "comparison"
+HEADLINE = "comparison"  # the study whose picture and table the README shows; its module has `headline(folder)`
 
 HELP = """Benchmarks of optcurv: one command a study. Without a command: the comparison of all
 methods, which takes some minutes.
@@ -29,16 +31,19 @@ def studies() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"benchmarks.{name}.main") for name in names}
 
 
-def write_pages(output: Path = PAGES) -> None:
-    """Draws every table, picture and page of the documentation from the summaries in benchmarks/results.
+def headline() -> dict[str, str]:
+    """Returns what README and the page of all results show, by the names of the marked places."""
+    return studies()[HEADLINE].headline(_FOLDER / "results" / HEADLINE)
 
-    Args:
-      output: folder of the pages.
-    """
-    output.mkdir(parents=True, exist_ok=True)
+
+def write_pages() -> None:
+    """Draws every table, picture and page of the documentation, and the README's, from what benchmarks/results has."""
     for name, study in studies().items():
         tables = report.write_report(study, _FOLDER / "results" / name)
-        (output / f"{name}.md").write_text(report.page(study, tables))
+        (PAGES / f"{name}.md").write_text(report.page(study, tables))
+    contents = headline()
+    for path in WITH_HEADLINE:
+        path.write_text(report.filled(path.read_text(), contents))
 
 
 def main(argv: Sequence[str]) -> int:

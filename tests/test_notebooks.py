@@ -17,6 +17,7 @@ SHORTER = {  # to see that they run
         "batch_sizes = (16, 64, num_images)": "batch_sizes = (16, num_images)",
     },
     "4_write_your_own": {"NUM_PRODUCTS, BUDGET = 5, 450": "NUM_PRODUCTS, BUDGET = 5, 50"},
+    "5_a_differential_equation_in_ten_lines": {"NUM_STEPS, ADAM_STEPS = 100, 2000": "NUM_STEPS, ADAM_STEPS = 5, 10"},
 }
 
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -26,8 +27,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_four():
-    assert len(PATHS) == 4
+def test_there_are_five():
+    assert len(PATHS) == 5
 
 
 @pytest.mark.xdist_group("notebooks")  # one after the other: each has a process with a JAX of its own

@@ -32,9 +32,12 @@ one_process = pytest.mark.xdist_group("documentation")  # a page runs once, and 
 @functools.cache
 def run(name):
     """The names that a page's blocks define, run one after the other."""
-    namespace = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", PAGES[name], flags=re.DOTALL | re.MULTILINE):
-        exec(block, namespace)
+    namespace, enable_x64 = {}, jax.config.jax_enable_x64
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```$", PAGES[name], flags=re.DOTALL | re.MULTILINE):
+            exec(block, namespace)
+    finally:
+        jax.config.update("jax_enable_x64", enable_x64)
     return namespace
 
 
@@ -114,6 +117,16 @@ def test_frozen_layers_stay_and_the_others_move():
     for layer, is_trained in page["trained"].items():
         changed = jax.tree.map(lambda a, b: bool((a != b).any()), page["params"][layer], page["new_params"][layer])
         assert all(jax.tree.leaves(changed)) if is_trained else not any(jax.tree.leaves(changed))
+
+
+@one_process
+def test_poissons_equation_is_solved():
+    page = run("docs/guides/physics_informed_networks.md")
+    params, new_points = page["params"], page["step_with_new_points"]
+    with jax.enable_x64(True):
+        assert jnp.abs(page["error"]).max() < 1e-3  # the solution's largest value is 1
+        stepped, _ = jax.eval_shape(new_points, params, page["optimizer"].init(params), jax.random.key(3))
+    assert jax.tree.map(jnp.shape, stepped) == jax.tree.map(jnp.shape, params)
 
 
 @one_process

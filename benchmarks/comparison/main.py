@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.comparison.curves import draw_curves
-from benchmarks.comparison.results import results_table, summarise, train_budget
+from benchmarks.comparison.results import headline_table, results_table, summarise, train_budget
 from benchmarks.core import data, report
 from benchmarks.core.cache import Cache
 from benchmarks.core.figures import save
@@ -76,3 +76,19 @@ def draw(folder: Path) -> None:
     """Draws the curves of each summary."""
     for name, content in report.summaries(folder).items():
         save(draw_curves(content), folder / f"{name}.png")
+
+
+def headline(folder: Path) -> dict[str, str]:
+    """Returns the README's picture and table."""
+    found = report.summaries(folder)
+    full_batch = found["digits-mlp-full-batch"]
+    picture = (
+        "![Training loss of every method on the full batch of scikit-learn's digits]"
+        f"(benchmarks/results/comparison/digits-mlp-full-batch.png)\n\n"
+        "*A small network on the full batch of scikit-learn's digits, every method tuned, at an equal budget of "
+        f"{full_batch['budget']:g} gradients. EDF-G is a damped, accelerated Gauss-Newton method; k is its number of "
+        "curvature products.*"
+    )
+    columns = [full_batch, found["digits-mlp"], found["fashion-mnist-cnn"]]
+    shown = ("SGD-momentum", "Adam", "PAL", "EDF-G k=1", "EDF-G k=8")
+    return {"picture": picture, "results": headline_table(columns, shown)}

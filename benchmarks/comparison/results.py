@@ -62,3 +62,22 @@ def results_table(content: Mapping[str, Any]) -> str:
     if any("(edge)" in method["setting"] for method in content["methods"]):
         caption += " (edge): the first or last setting of its grid; a better one may lie beyond."
     return table(map(row, content["methods"]), caption)
+
+
+def headline_table(contents: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Lays out the final training loss of some methods, a column for each comparison, the lowest of all in bold."""
+    rows = {name: {"method": name} for name in names}
+    for content in contents:
+        size = content["batch_size"]
+        column = f"{content['title']}, {'full batch' if size == content['num_images'] else f'batch {size}'}"
+        losses = {method["method"]: method["figures"]["train_loss"] for method in content["methods"]}
+        losses = {name.removesuffix(", W2"): values for name, values in losses.items()}
+        lowest = min(losses, key=lambda name: np.mean(losses[name]))
+        for name, row in rows.items():
+            text = mean_deviation(losses[name]) if name in losses else ""
+            row[column] = f"**{text}**" if name == lowest else text
+    caption = (
+        f"Final training loss at an equal budget of gradients, each method tuned, mean ± standard deviation over "
+        f"{contents[0]['seeds']} fresh seeds. On the full batch EDF is accelerated."
+    )
+    return table(rows.values(), caption)

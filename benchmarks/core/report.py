@@ -20,6 +20,7 @@ from benchmarks.core.timing import environment
 
 Row = Mapping[str, Any]
 
+_PLACE = r"(?P<begin><!-- (?P<name>\w+): begin -->).*?(?P<end><!-- (?P=name): end -->)"
 _LIST_OF_LEAVES = r"\[[^\[\]{}]*\]"
 
 
@@ -121,6 +122,20 @@ def page(study: ModuleType, tables: Mapping[str, str]) -> str:
     folder = Path(study.__file__ or "").parent
     template = (folder / "README.md").read_text().split("## Files")[0] + (folder / "results.md").read_text()
     return re.sub(r"\{\{(.*?)\}\}", lambda match: tables[match[1]].strip(), template)
+
+
+def filled(text: str, contents: Mapping[str, str]) -> str:
+    """Writes contents by name into a page, each between `<!-- name: begin -->` and `<!-- name: end -->`."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match['begin']}\n\n{contents[match['name']].strip()}\n\n{match['end']}"
+
+    return re.sub(_PLACE, fill, text, flags=re.DOTALL)
+
+
+def typed_by_hand(text: str) -> str:
+    """Returns a page without what `filled` writes."""
+    return re.sub(_PLACE, "", text, flags=re.DOTALL)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,21 @@ import re
 
 import pytest
 
-from benchmarks.__main__ import PAGES, studies
+from benchmarks.__main__ import PAGES, WITH_HEADLINE, headline, studies
 from benchmarks.core import report
 
 STUDIES = studies()
 RESULTS = pathlib.Path(report.__file__).parents[1] / "results"
 every_study = pytest.mark.parametrize("name", STUDIES)
+every_page_with_headline = pytest.mark.parametrize("path", WITH_HEADLINE, ids=lambda path: path.name)
+TYPED = "Measured numbers belong into tables, which summaries fill."
 STALE = "Run `python -m benchmarks report`, and commit what it writes."
+
+
+def measured_numbers(prose):
+    """Decimals, spreads and shares, other than those of versions and links."""
+    prose = re.sub(r"(JAX|Python|arXiv:) ?[\d.]+|Apache-[\d.]+|\]\(.*?\)", "", prose)
+    return re.findall(r"\d\.\d|±|\d ?%", prose)
 
 
 @every_study
@@ -29,8 +37,20 @@ def test_a_page_shows_every_picture_and_no_number_typed_by_hand(name):
     template = (pathlib.Path(STUDIES[name].__file__).parent / "results.md").read_text()
     drawn = {path.name for path in (RESULTS / name).glob("*.png")}
     assert drawn == set(re.findall(rf"\]\(\.\./\.\./benchmarks/results/{name}/(.*?)\)", template))
-    prose = re.sub(r"\{\{.*?\}\}|JAX [\d.]+", "", template)
-    assert not re.search(r"\d\.\d|±|\d ?%", prose), "Measured numbers belong into tables, which summaries fill."
+    assert not measured_numbers(re.sub(r"\{\{.*?\}\}", "", template)), TYPED
+
+
+@every_page_with_headline
+def test_headline_is_what_report_writes(path):
+    text = path.read_text()
+    assert "<!-- results: begin -->" in text
+    assert text == report.filled(text, headline()), f"{path.name} is stale. {STALE}"
+
+
+@every_page_with_headline
+def test_a_page_with_the_headline_has_no_number_typed_by_hand(path):
+    without_code = re.sub(r"^```.*?^```$|^    .*?$|`.*?`", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not measured_numbers(report.typed_by_hand(without_code)), TYPED
 
 
 @every_study
