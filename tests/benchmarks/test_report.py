@@ -10,6 +10,10 @@ from benchmarks.core import report
 
 STUDIES = studies()
 RESULTS = pathlib.Path(report.__file__).parents[1] / "results"
+GUIDES = [
+    *sorted(PAGES.parent.glob("guides/*.md")),
+    *(PAGES.parent / name for name in ("getting_started.md", "choosing_a_method.md")),
+]
 every_study = pytest.mark.parametrize("name", STUDIES)
 every_page_with_headline = pytest.mark.parametrize("path", WITH_HEADLINE, ids=lambda path: path.name)
 TYPED = "Measured numbers belong into tables, which summaries fill."
@@ -51,6 +55,12 @@ def test_headline_is_what_report_writes(path):
 def test_a_page_with_the_headline_has_no_number_typed_by_hand(path):
     without_code = re.sub(r"^```.*?^```$|^    .*?$|`.*?`", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert not measured_numbers(report.typed_by_hand(without_code)), TYPED
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_a_guide_has_no_spread_or_share_typed_by_hand(path):
+    """Guides have decimals, of options; what was measured is on the pages they link to."""
+    assert not re.search(r"±|\d ?%", path.read_text()), TYPED
 
 
 @every_study
