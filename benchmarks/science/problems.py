@@ -53,7 +53,8 @@ def init_network(sizes: Sequence[int], key: jax.Array) -> Params:
     """Kernels with entries of variance 1 / inputs, and no biases."""
     keys = jax.random.split(key, len(sizes) - 1)
     return [
-        (jax.random.normal(k, (n, m)) / np.sqrt(n), jnp.zeros(m)) for k, n, m in zip(keys, sizes, sizes[1:], strict=False)
+        (jax.random.normal(k, (n, m)) / np.sqrt(n), jnp.zeros(m))
+        for k, n, m in zip(keys, sizes, sizes[1:], strict=False)
     ]
 
 
@@ -85,7 +86,13 @@ def relative_error(u: Callable[[Params, jax.Array], jax.Array], exact: jax.Array
 
 
 def solved_by_network(
-    title: str, sizes: Sequence[int], equation: Callable, solution: Field, interior: jax.Array, known: jax.Array, test: Any
+    title: str,
+    sizes: Sequence[int],
+    equation: Callable,
+    solution: Field,
+    interior: jax.Array,
+    known: jax.Array,
+    test: Any,
 ) -> Problem:
     """A problem whose residuals are the equation in the interior, and the difference where the solution is known."""
     return Problem(
@@ -203,7 +210,9 @@ def allen_cahn_start(x: Any) -> Any:
     return 0.5 * jnp.sin(jnp.pi * x) + 0.5 * jnp.cos(2 * jnp.pi * x)
 
 
-def allen_cahn_reference(num_modes: int = 64, num_steps: int = 4000, num_times: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def allen_cahn_reference(
+    num_modes: int = 128, num_steps: int = 4000, num_times: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
     """Solves Allen and Cahn's equation by Fourier modes in x and Runge and Kutta's method of order 4 in t, in numpy.
 
     Returns:
