@@ -1,4 +1,4 @@
-"""Differential equations and small fits in float64: optcurv's methods untuned, against tuned first-order ones and L-BFGS."""
+"""Differential equations and small fits in float64: optcurv's methods untuned against tuned rivals."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _QUICK_PROBLEMS = ("poisson-2d", "regression")
 
 @dataclasses.dataclass
 class Options(report.Study):
-    """Differential equations and small fits in float64: optcurv's methods untuned against tuned rivals, at equal seconds."""
+    """Differential equations and small fits: optcurv's methods untuned against tuned rivals, at equal seconds."""
 
     problem: Literal[
         "all", "poisson-2d", "poisson-5d", "heat", "burgers", "allen-cahn", "inverse", "regression", "digits"

@@ -16,8 +16,8 @@ import optcurv
 from benchmarks.core import data
 
 Params = Any
-Field = Callable[[jax.Array], jax.Array]
-"""Maps one point to a number."""
+Field = Callable[[jax.Array], Any]
+"""Maps one point to a number; that of the inverse problem to two."""
 
 
 class Problem(NamedTuple):
@@ -52,10 +52,8 @@ def network(params: Params, x: jax.Array) -> jax.Array:
 def init_network(sizes: Sequence[int], key: jax.Array) -> Params:
     """Kernels with entries of variance 1 / inputs, and no biases."""
     keys = jax.random.split(key, len(sizes) - 1)
-    return [
-        (jax.random.normal(k, (n, m)) / np.sqrt(n), jnp.zeros(m))
-        for k, n, m in zip(keys, sizes, sizes[1:], strict=False)
-    ]
+    shapes = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return [(jax.random.normal(k, (n, m)) / np.sqrt(n), jnp.zeros(m)) for k, n, m in shapes]
 
 
 def derivative(u: Field, x: jax.Array, axis: int, order: int = 1) -> jax.Array:
@@ -80,7 +78,9 @@ def sum_of_squares(residuals: Sequence[jax.Array]) -> jax.Array:
     return sum((0.5 * jnp.mean(r**2) for r in residuals), start=jnp.zeros(()))
 
 
-def relative_error(u: Callable[[Params, jax.Array], jax.Array], exact: jax.Array, points: jax.Array) -> Callable:
+def relative_error(
+    u: Callable[[Params, jax.Array], jax.Array], exact: jax.Array, points: jax.Array
+) -> Callable[[Params], jax.Array]:
     """Returns a function of the parameters: the relative L2 error over some points."""
     return lambda params: jnp.linalg.norm(u(params, points) - exact) / jnp.linalg.norm(exact)
 
@@ -88,11 +88,11 @@ def relative_error(u: Callable[[Params, jax.Array], jax.Array], exact: jax.Array
 def solved_by_network(
     title: str,
     sizes: Sequence[int],
-    equation: Callable,
+    equation: Callable[[Field, jax.Array], jax.Array],
     solution: Field,
     interior: jax.Array,
     known: jax.Array,
-    test: Any,
+    test: jax.Array,
 ) -> Problem:
     """A problem whose residuals are the equation in the interior, and the difference where the solution is known."""
     return Problem(
@@ -305,8 +305,7 @@ def inverse() -> Problem:
     error = relative_error(
         lambda params, x: network(params["coefficient"], x[:, None]), jax.vmap(inverse_solution)(test)[1], test
     )
-    solution: Any = inverse_solution
-    return Problem("inverse problem", init, optcurv.Composite(model, sum_of_squares), error, solution, equation)
+    return Problem("inverse problem", init, optcurv.Composite(model, sum_of_squares), error, inverse_solution, equation)
 
 
 def regression() -> Problem:

@@ -24,7 +24,7 @@ def problem_table(content: Mapping[str, Any]) -> str:
 def all_runs_table(found: Mapping[str, Any]) -> str:
     """A row for each run."""
     return table(
-        {"problem": content["title"]} | _row(name, run, run["passed"])
+        {"problem": content["title"], **_row(name, run, run["passed"])}
         for content in found.values()
         for name, tried in content["methods"].items()
         for run in tried

@@ -32,7 +32,7 @@ RIVALS = (
     Method("Muon", lambda rate, horizon: optax.contrib.muon(rate), _GRID),
     Method("L-BFGS", optax.lbfgs, {}),
 )
-"""Tuned over the rate and the horizon of its cosine decay, in parts of the seconds; L-BFGS has a line search instead."""
+"""Tuned over the rate and the horizon of its cosine decay, a part of the seconds; L-BFGS has a line search instead."""
 
 BARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _SHORTEST, _GROWTH, _OVER = 0.01, 0.1, 0.99
