@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.core.figures import draw_panels, new_figure
 
+_FIRST_SECONDS = 0.02
+
 
 def draw_errors(found: Mapping[str, Any]) -> Figure:
     """Draws a panel for each problem, with the curve of each method at its best setting."""
@@ -20,6 +22,8 @@ def draw_errors(found: Mapping[str, Any]) -> Figure:
     figure = draw_panels(title, panels, "seconds", "error", log=True)
     for panel in figure.axes:
         panel.set_xscale("log")
+        panel.set_xlim(_FIRST_SECONDS, seconds)
+        panel.grid(visible=False, which="minor")
     return figure
 
 

@@ -46,7 +46,12 @@ def tables(folder: Path) -> dict[str, str]:
     """Returns the best of either side, a table of methods for each problem, and one of all runs."""
     found = _summaries(folder)
     by_problem = {name: results.problem_table(content) for name, content in found.items()}
-    return by_problem | {"summary": results.summary_table(found), "all-runs": results.all_runs_table(found)}
+    together = {
+        "summary": results.summary_table(found),
+        "speed": results.speed_table(found),
+        "all-runs": results.all_runs_table(found),
+    }
+    return by_problem | together
 
 
 def draw(folder: Path) -> None:

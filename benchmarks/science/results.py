@@ -60,7 +60,7 @@ def sides(content: Mapping[str, Any]) -> tuple[tuple[float, str], tuple[float, s
 
 
 def summary_table(found: Mapping[str, Any]) -> str:
-    """A row for each problem: the best of either side at equal seconds."""
+    """A row for each problem: the best of either side at equal seconds, and Levenberg-Marquardt by default."""
     rows = []
     for content in found.values():
         (own, own_name), (rival, rival_name) = sides(content)
@@ -68,12 +68,39 @@ def summary_table(found: Mapping[str, Any]) -> str:
             {
                 "problem": content["title"],
                 "parameters": str(content["parameters"]),
-                "optcurv's best, untuned": own_name,
-                "its error": f"{own:.1e}",
-                "best rival, tuned": rival_name,
-                "its error ": f"{rival:.1e}",
-                "ratio": f"{rival / own:.2g}" if own > 0 else "∞",
+                "LM by default": f"{best_run(content['methods'][OWN[0].name])['error']:.1e}",
+                "best of optcurv, untuned": f"{own:.1e} ({own_name})",
+                "best rival, tuned": f"{rival:.1e} ({rival_name})",
+                "rival's error / optcurv's": f"{rival / own:.2g}",
             }
         )
     ahead = sum(rival >= 10 * own for (own, _), (rival, _) in map(sides, found.values()))
-    return table(rows, f"The best of optcurv ends at least 10 times below the best rival on {ahead} of {len(found)}.")
+    seconds = max(content["seconds"] for content in found.values())
+    return table(
+        rows,
+        f"Final errors after {seconds:g} s of each run. The best of optcurv ends at least 10 times below the best rival "
+        f"on {ahead} of {len(found)}.",
+    )
+
+
+def speed_table(found: Mapping[str, Any]) -> str:
+    """A row for each problem: seconds to the least of the errors that a rival came below."""
+    rows = []
+    for content in found.values():
+        times = {name: fastest(tried) for name, tried in content["methods"].items()}
+        own, rivals = ([(times[n], n) for n in times if (n in _OWN_NAMES) == ours] for ours in (True, False))
+        passed = [index for index in range(len(BARS)) if any(math.isfinite(each[index]) for each, _ in rivals)]
+        if not passed:
+            continue
+        quickest = [min((each[passed[-1]], name) for each, name in side) for side in (own, rivals)]
+        (own_time, own_name), (rival_time, rival_name) = quickest
+        rows.append(
+            {
+                "problem": content["title"],
+                "error": f"{BARS[passed[-1]]:.0e}",
+                "optcurv, s": f"{own_time:.2g} ({own_name})" if math.isfinite(own_time) else "–",
+                "rivals, s": f"{rival_time:.2g} ({rival_name})",
+                "rivals' seconds / optcurv's": f"{rival_time / own_time:.2g}",
+            }
+        )
+    return table(rows) if rows else "No rival came below any of the errors.\n"
