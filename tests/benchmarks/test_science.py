@@ -81,6 +81,20 @@ def test_times_to_errors_are_the_least_over_the_settings():
     assert results.sides(content) == ((0.1, "LM"), (2.0, "Muon"))
 
 
+def content_of(passed, rival_passed):
+    run = {"setting": {}, "seconds": 1.0, "compile_seconds": 1.0, "steps": 2, "error": 1e-3, "loss": 1.0}
+    methods = {"LM": [run | {"passed": passed}], "Adam": [run | {"passed": rival_passed, "error": 1e-2}]}
+    return {"title": "a problem", "parameters": 3, "seconds": 1.0, "methods": methods}
+
+
+def test_speed_is_compared_at_the_least_error_of_a_rival():
+    never = [np.inf] * 3
+    found = {"a": content_of([0.1, 0.2, 0.3, *never], [1.0, 2.0, np.inf, *never])}
+    assert results.speed_table(found).splitlines()[2].replace(" ", "") == "|aproblem|1e-02|0.2(LM)|2(Adam)|10|"
+    assert results.summary_table(found).endswith("at least 10 times below the best rival on 1 of 1.\n")
+    assert "No rival" in results.speed_table({"a": content_of([0.1, *never, *never[1:]], [np.inf, *never, *never[1:]])})
+
+
 def test_command_writes_summary_tables_and_picture(tmp_path, monkeypatch):
     sgd = Method("SGD", lambda rate, horizon: runs.optax.sgd(rate), {"learning rate": (0.0, 0.1), "horizon": (1.0,)})
     monkeypatch.setattr(runs, "RIVALS", (sgd,))
