@@ -78,8 +78,8 @@ def summary_table(found: Mapping[str, Any]) -> str:
     seconds = max(content["seconds"] for content in found.values())
     return table(
         rows,
-        f"Final errors after {seconds:g} s of each run. The best of optcurv ends at least 10 times below the best rival on "
-        f"{ahead} of {len(found)}.",
+        f"Final errors after {seconds:g} s of each run. "
+        f"The best of optcurv ends at least 10 times below the best rival on {ahead} of {len(found)}.",
     )
 
 

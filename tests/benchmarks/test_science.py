@@ -98,15 +98,15 @@ def test_speed_is_compared_at_the_least_error_of_a_rival():
 def test_command_writes_summary_tables_and_picture(tmp_path, monkeypatch):
     sgd = Method("SGD", lambda rate, horizon: runs.optax.sgd(rate), {"learning rate": (0.0, 0.1), "horizon": (1.0,)})
     monkeypatch.setattr(runs, "RIVALS", (sgd,))
-    monkeypatch.setattr(runs, "OWN", runs.OWN[1:2])
-    options = ["science", "--problem", "regression", "--seconds", "0.3", "--output", str(tmp_path)]
+    monkeypatch.setattr(runs, "OWN", runs.OWN[:1])
+    options = ["science", "--problem", "regression", "--seconds", "1", "--output", str(tmp_path)]
     assert main(options) == 0
     content = read_json(tmp_path / "regression.json")
     still, moving = content["methods"]["SGD"]
     assert still["error"] == content["curves"]["SGD"][1][0] != moving["error"]
-    assert still["seconds"] >= 0.29
-    (own,) = content["methods"]["LM, CG"]
-    assert own["loss"] < 0.5 * still["loss"]
+    assert still["seconds"] >= 0.99
+    (own,) = content["methods"]["LM"]
+    assert own["loss"] < still["loss"]
     names = {path.name for path in tmp_path.iterdir()}
     assert {"regression.md", "summary.md", "all-runs.md", "errors.png"} <= names
     assert science.tables(tmp_path)["summary"].count("\n") > 3
