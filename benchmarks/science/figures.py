@@ -35,7 +35,14 @@ def draw_solution(content: Mapping[str, Any]) -> Figure:
     for panel, (title, values) in zip(figure.subplots(1, 3, sharey=True), maps.items(), strict=True):
         bound = float(np.abs(values).max())
         image = panel.imshow(
-            values, origin="lower", aspect="auto", extent=(-1, 1, 0, 1), cmap="RdBu_r", vmin=-bound, vmax=bound
+            values,
+            origin="lower",
+            aspect="auto",
+            extent=(-1, 1, 0, 1),
+            cmap="RdBu_r",
+            vmin=-bound,
+            vmax=bound,
+            interpolation="bilinear",
         )
         figure.colorbar(image, ax=panel)
         panel.set_title(title)

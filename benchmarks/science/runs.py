@@ -197,7 +197,7 @@ def _rounded(curve: list[tuple[float, float]]) -> list[list[float]]:
     return [[float(f"{number:.{_CURVE_DIGITS}g}") for number in column] for column in zip(*curve, strict=True)]
 
 
-def picture(problem: Problem, params: Any, num_points: int = 33) -> dict[str, Any]:
+def picture(problem: Problem, params: Any, num_points: int = 17) -> dict[str, Any]:
     """Returns the solution, the network and its error on a grid of x and t."""
     assert problem.solution is not None
     x, t = jnp.linspace(-1, 1, 2 * num_points - 1), jnp.linspace(0, 1, num_points)
