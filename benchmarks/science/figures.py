@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.core.figures import draw_panels, new_figure
 
-_FIRST_SECONDS = 0.02
+_FIRST_SECONDS, _ERRORS = 0.02, (1e-7, 100)
 
 
 def draw_errors(found: Mapping[str, Any]) -> Figure:
@@ -24,6 +24,7 @@ def draw_errors(found: Mapping[str, Any]) -> Figure:
         panel.set_xscale("log")
         panel.set_xlim(_FIRST_SECONDS, seconds)
         panel.grid(visible=False, which="minor")
+    figure.axes[0].set_ylim(*_ERRORS)  # all share it; the loss of the digits falls without end
     return figure
 
 
