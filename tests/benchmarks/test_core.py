@@ -95,7 +95,16 @@ def test_help_names_every_study(capsys):
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for words in ("comparison", "adaptive-norms", "loss-surfaces", "performance", "tso-alra", "report", "--quick"):
+    for words in (
+        "comparison",
+        "adaptive-norms",
+        "loss-surfaces",
+        "performance",
+        "science",
+        "tso-alra",
+        "report",
+        "--quick",
+    ):
         assert words in shown
 
 
