@@ -55,7 +55,7 @@ def levenberg_marquardt(
     shrink_ratio: optax.ScalarOrSchedule = 0.75,
     growth: optax.ScalarOrSchedule = 3.0,
     shrinkage: optax.ScalarOrSchedule = 1.5,
-    momentum: optax.ScalarOrSchedule = 0.0,
+    momentum: optax.ScalarOrSchedule = 0.5,
     length_trials: int = 0,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,7 +100,8 @@ def levenberg_marquardt(
       growth: γ₂ > 1, likewise.
       shrinkage: γ₁ > 1, likewise. Much less than γ₂, as a rejected step costs as much as another: with both 3, two
         steps in five were rejected on Poisson's equation, and an error of 1e-4 took two to three times as many.
-      momentum: μ in [0, 1), likewise.
+      momentum: μ in [0, 1), likewise; 0 is the plain method. Default 0.5, which was better than 0 and 0.9 on Poisson's
+        equation and better than 0 on a 1-D regression.
       length_trials: the most forward passes spent on the length of a step: it is halved, or else doubled, as long as
         that lowers the loss. Default 0: the step is taken as it is, or not at all.
       seed: of the random key that solvers are given; those above use none.
