@@ -193,7 +193,7 @@ def hessian_product(value_fn: ValueFn, params: PyTree) -> MatVec:
     return _keeping_dtype(with_canonical_convolutions(product, params), params)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that the product itself can be jitted
 class GaussNewtonProduct:
     r"""The product :math:`v \mapsto J_\varphi^\top H_\ell J_\varphi\, v`, and its three factors.
 

@@ -193,3 +193,10 @@ def test_custom_derivatives(custom, curvature):
     losses = [optcurv.Composite(tanh, lambda outputs: jnp.sum(outputs**4)) for tanh in (tanh_with(custom), jnp.tanh)]
     custom_product, plain_product = (jax.jit(lambda v, loss=loss: curvature(loss, w)(v)) for loss in losses)
     np.testing.assert_allclose(custom_product(w), plain_product(w), rtol=1e-5)
+
+
+def test_gauss_newton_product_has_its_factors_and_can_be_jitted():
+    params, loss = problems.network_params(), problems.network_loss(problems.blobs())
+    product = optcurv.gauss_newton_product(loss, params)
+    by_factors = product.transposed(product.loss_hessian(product.jacobian(params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.jit(product)(params), by_factors)

@@ -195,7 +195,11 @@ def _jacobian(part: Composite, params: PyTree, like: jax.Array) -> tuple[PyTree,
         column = lambda i: factors.jacobian(unravel(jnp.zeros_like(flat_params).at[i].set(1)))  # noqa: E731
         columns = _in_blocks(column, jnp.arange(flat_params.size))
         return _wide(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), columns), like), factors
-    row = lambda i: ravel_pytree(factors.transposed(unravel_outputs(jnp.zeros_like(outputs).at[i].set(1))))[0]  # noqa: E731
+
+    def row(i: jax.Array) -> jax.Array:
+        cotangent = unravel_outputs(jnp.zeros(outputs.shape, outputs.dtype).at[i].set(1))
+        return ravel_pytree(factors.transposed(jax.tree.map(_placed_like, cotangent, factors.outputs)))[0]
+
     rows = _in_blocks(row, jnp.arange(outputs.size))
     return _wide(jax.vmap(unravel_outputs, in_axes=-1, out_axes=-1)(rows), like), factors
 

@@ -213,6 +213,8 @@ def test_momentum_is_springs():
         j, r = np.asarray(jacobian(w)), np.asarray(residuals(w))
         dual = np.linalg.solve(j @ j.T + damping * np.eye(r.size), r - momentum * j @ previous)
         previous = momentum * previous + j.T @ dual
+        predicted = 0.5 * (r @ r - np.sum((r - j @ previous) ** 2))
+        np.testing.assert_allclose(state.info.predicted_decrease, predicted, rtol=1e-5)
         w = w - previous
         np.testing.assert_allclose(ravel_pytree(params)[0], w, rtol=0, atol=1e-12)
 

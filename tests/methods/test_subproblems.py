@@ -170,7 +170,7 @@ def test_cubic_at_full_dimension_is_the_global_minimiser(kind):
     solver = cubic_lanczos(SIZE, tol=0.0)
     for weight in (1e-2, 1.0, 1e2):
         b, g, m = model(kind)
-        s, predicted, _, _ = solve(solver, b, g, m, weight)
+        s, predicted, *_ = solve(solver, b, g, m, weight)
         shifted = b + weight * norm(m, s) * m
         np.testing.assert_allclose(shifted @ s, -g, atol=1e-9 * np.linalg.norm(shifted) * np.linalg.norm(s))
         assert scipy.linalg.eigvalsh(shifted)[0] >= -1e-10 * np.linalg.norm(b)
