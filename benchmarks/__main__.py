@@ -15,7 +15,10 @@ _FOLDER = Path(__file__).parent
 PAGES = _FOLDER.parent / "docs" / "results"
 WITH_HEADLINE = (_FOLDER.parent / "README.md", PAGES / "index.md")
 DEFAULT = "comparison"
-HEADLINE = "comparison"  # the study whose picture and table the README shows; its module has `headline(folder)`
+HEADLINES = (
+    "science",
+    "comparison",
+)  # of the README's picture and table: their modules have `headline(folder)`
 
 HELP = """Benchmarks of optcurv: one command a study. Without a command: the comparison of all
 methods, which takes some minutes.
@@ -33,7 +36,10 @@ def studies() -> dict[str, ModuleType]:
 
 def headline() -> dict[str, str]:
     """Returns what README and the page of all results show, by the names of the marked places."""
-    return studies()[HEADLINE].headline(_FOLDER / "results" / HEADLINE)
+    found, contents = studies(), {}
+    for name in HEADLINES:
+        contents |= found[name].headline(_FOLDER / "results" / name)
+    return contents
 
 
 def write_pages() -> None:

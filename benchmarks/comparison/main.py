@@ -79,16 +79,8 @@ def draw(folder: Path) -> None:
 
 
 def headline(folder: Path) -> dict[str, str]:
-    """Returns the README's picture and table."""
+    """Returns the README's table."""
     found = report.summaries(folder)
-    full_batch = found["digits-mlp-full-batch"]
-    picture = (
-        "![Training loss of every method on the full batch of scikit-learn's digits]"
-        f"(benchmarks/results/comparison/digits-mlp-full-batch.png)\n\n"
-        "*A small network on the full batch of scikit-learn's digits, every method tuned, at an equal budget of "
-        f"{full_batch['budget']:g} gradients. EDF-G is a damped, accelerated Gauss-Newton method; k is its number of "
-        "curvature products.*"
-    )
-    columns = [full_batch, found["digits-mlp"], found["fashion-mnist-cnn"]]
+    columns = [found["digits-mlp-full-batch"], found["digits-mlp"], found["fashion-mnist-cnn"]]
     shown = ("SGD-momentum", "Adam", "PAL", "EDF-G k=1", "EDF-G k=8")
-    return {"picture": picture, "results": headline_table(columns, shown)}
+    return {"results": headline_table(columns, shown)}

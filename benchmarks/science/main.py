@@ -62,6 +62,18 @@ def draw(folder: Path) -> None:
         save(draw_solution(found["burgers"]["picture"]), folder / "solution.png")
 
 
+def headline(folder: Path) -> dict[str, str]:
+    """Returns the README's picture."""
+    seconds = next(iter(_summaries(folder).values()))["seconds"]
+    picture = (
+        "![Error against seconds of each method on differential equations and small fits]"
+        "(benchmarks/results/science/errors.png)\n\n"
+        "*Differential equations and small fits: optcurv's Levenberg-Marquardt (LM), EDF and trust region, untuned, "
+        f"against tuned Adam and Muon and `optax.lbfgs`, in {seconds:g} seconds each.*"
+    )
+    return {"picture": picture}
+
+
 def _summaries(folder: Path) -> dict[str, dict]:
     found = report.summaries(folder)
     return {name: found[name] for name in PROBLEMS if name in found}
