@@ -43,6 +43,7 @@ class Case:
         such rows out.
       moves_without_gradient: whether it may move where the gradient it is given is zero: along negative curvature, or
         along gradients elsewhere.
+      gathers: whether it is dense by nature, and gathers a matrix where the parameters are sharded.
       optax_first: whether a transformation of optax's sees a call before ours does, and answers wrong ones.
       rosenbrock: other arguments for Rosenbrock's function, whose curvature is up to a thousand.
       state_by_path: whether its state holds dictionaries by path, which `optax.tree.map_params` cannot follow.
@@ -62,6 +63,7 @@ class Case:
     public: tuple[Callable, ...] = ()
     variant: bool = False
     optax_first: bool = False
+    gathers: bool = False
     fuzz: Fuzz = Fuzz()
 
     def make(self, **others: Any) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +103,7 @@ def levenberg_marquardt_case(name: str, *, variant: bool = True, **options: Any)
         needs_composite=True,
         curvature=True,
         variant=variant,
+        gathers="solver" not in options,  # `optcurv.dense`
     )
 
 

@@ -9,6 +9,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 os.environ["MPLBACKEND"] = "agg"  # no windows
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would wait for each other's cores, one set a worker
 
 import jax  # noqa: E402  it reads the environment
 import pytest  # noqa: E402

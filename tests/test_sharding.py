@@ -73,7 +73,7 @@ def test_sharded_parameters_take_the_same_path_and_are_never_gathered(case, kind
     step, params, state = sharded_step(case, kind)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     step = step.lower(params, state, problems.blobs()).compile()
-    assert max(gathered_sizes(step.as_text()), default=0) < num_params
+    assert case.gathers or max(gathered_sizes(step.as_text()), default=0) < num_params
     placed = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     params, state = train(step, params, state, 3)
     assert jax.tree.map(lambda leaf: leaf.sharding, (params, state)) == placed

@@ -108,7 +108,7 @@ def adaptive_cubic(dtypes, **static):
 
 def levenberg_marquardt(dtypes, **static):
     ranges = {"initial_damping": (1e-4, 10), "growth": (2, 6), "shrinkage": (1.3, 2), "momentum": (0.1, 0.8)}
-    return program(optcurv.levenberg_marquardt, dtypes, static, **ranges)._replace(full_batch=True)
+    return program(optcurv.levenberg_marquardt, dtypes, static, **ranges)
 
 
 def after(step):
