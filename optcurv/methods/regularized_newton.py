@@ -173,12 +173,13 @@ class RegularizedNewton:
         used = state.size if found.size is None else jnp.asarray(found.size, state.size.dtype)
         held = (found.stop == Stop.BOUNDARY) | (found.stop == Stop.NEGATIVE_CURVATURE)
         size = self.resize(used, ratio, accepted, held, state.count).astype(used.dtype)
+        kept = () if self.momentum is None else step
         new_state = RegularizedNewtonState(
             count=optax.safe_increment(state.count),
             size=jnp.where(usable, size, state.size),
             norm=optax.tree.where(usable, norm_state, state.norm),
             watch=watch,
-            previous=() if self.momentum is None else _where_usable(usable, step, state.previous),
+            previous=optax.tree.where(usable, optax.tree.cast_like(kept, state.previous), state.previous),
             key=state.key,
             info=_info(
                 self.info_type,
@@ -216,10 +217,6 @@ class RegularizedNewton:
         slope = jnp.asarray(optax.tree.vdot(gradient, found.step), value.dtype)
         predicted = length**2 * found.predicted_decrease + (length**2 - length) * slope
         return _Judgement(step, length, decrease, ratio, decrease_ratio(value, decrease, predicted))
-
-
-def _where_usable(usable: jax.Array, step: PyTree, previous: PyTree) -> PyTree:
-    return optax.tree.where(usable, optax.tree.cast_like(step, previous), previous)
 
 
 def decrease_ratio(
