@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -42,7 +43,7 @@ class Options:
     def __post_init__(self) -> None:
         power, structure = self.power, self.structure
         check_number("power", power, constant=True)
-        if isinstance(power, int | float) and power >= 0:
+        if isinstance(power, numbers.Real) and float(power) >= 0:
             raise ValueError(f"power must be negative, got {power:g}: -0.5 for TSO-ALRA, -1 for the natural gradient.")
         check_number("factor_decay", self.factor_decay, minimum=0.0, maximum=1.0)
         check_number("damping", self.damping, minimum=0.0)

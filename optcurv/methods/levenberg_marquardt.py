@@ -1,6 +1,7 @@
 """Levenberg-Marquardt: Gauss-Newton's model with a damping that follows the ratio of decreases."""
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -143,7 +144,8 @@ def levenberg_marquardt(
     check_order("min_damping", min_damping, "initial_damping", initial_damping)
     check_order("initial_damping", initial_damping, "max_damping", max_damping)
     check_number("momentum", momentum, minimum=0.0)
-    if isinstance(momentum, int | float) and momentum >= 1:
+    value: Any = momentum  # NumPy's numbers are none of the annotated types
+    if isinstance(value, numbers.Real) and float(value) >= 1:
         raise ValueError(f"momentum must be below 1, or steps would never shrink; got {momentum!r}.")
     if length_trials != 0:
         check_count("length_trials", length_trials)

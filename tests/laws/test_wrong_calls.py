@@ -259,6 +259,10 @@ def test_numbers_may_be_numpys():
     optcurv.trust_region(initial_radius=np.float64(0.1), seed=np.uint32(3))
     with pytest.raises(ValueError, match="learning_rate must be finite"):
         optcurv.edf(np.float32(np.nan))
+    with pytest.raises(ValueError, match="power must be negative"):
+        optcurv.scale_by_kronecker(np.float32(0.5))
+    with pytest.raises(ValueError, match="momentum must be below 1"):
+        optcurv.levenberg_marquardt(momentum=np.float32(1.0))
 
 
 PARAMS = problems.regression_params()
